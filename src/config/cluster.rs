@@ -1,0 +1,220 @@
+//! `[cluster.NAME]`: one single-writer system, and how it is treated.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+/// `[cluster.NAME]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cluster {
+    /// NAME
+    pub name: Arc<str>,
+    /// `port`: the app's (or LiteFS proxy's) port on every member, required. Members that bring a
+    /// port of their own (SRV, static) keep it.
+    pub port: u16,
+    /// `members`, required.
+    pub members: Members,
+    /// `primary`: one source or a list of them, at least one. The `replay` source (learning from
+    /// `fly-replay` answers) is always on and not written.
+    pub primary: Vec<RoleSource>,
+    /// `reads`
+    pub reads: Reads,
+    /// `balance`
+    pub balance: Balance,
+    /// `max_lag`: replicas further behind serve no reads.
+    pub max_lag: Duration,
+    /// `soft_lag`: replicas further behind are the last choice.
+    pub soft_lag: Duration,
+    /// `prefer`
+    pub prefer: Prefer,
+    /// `slow_start`: a node that has just come up gets its full share after this long. Zero: at once.
+    pub slow_start: Duration,
+    /// `max_writes`: writes on the primary at once; more wait in order. Shared out evenly among
+    /// the workers.
+    pub max_writes: usize,
+    /// `max_writes_wait`: how long a write waits for its turn before it gets 503.
+    pub max_writes_wait: Duration,
+    /// `max_requests`: requests in flight on one node. Shared out evenly among the workers.
+    pub max_requests: usize,
+    /// `max_pending`: requests that wait for a place on one node. Shared out likewise. Over it: 503.
+    pub max_pending: usize,
+    /// `max_idle`: kept-alive connections without a request, for each node and worker. Over it the
+    /// one that was used longest ago is closed.
+    pub max_idle: usize,
+    /// `[cluster.NAME.timeouts]`
+    pub timeouts: Timeouts,
+    /// `[cluster.NAME.health]`
+    pub health: Health,
+    /// `[cluster.NAME.retry]`
+    pub retry: Retry,
+    /// `[cluster.NAME.replay]`
+    pub replay: Replay,
+    /// `[cluster.NAME.hold]`
+    pub hold: Hold,
+}
+
+/// `members`: who exists.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Members {
+    /// `{ type = "dns", name, resolvers }`: A and AAAA of a headless service.
+    Dns(Lookup),
+    /// `{ type = "srv", name, resolvers }`: names and ports too.
+    Srv(Lookup),
+    /// `{ type = "static", nodes = [{ name, address }] }`
+    Static(Vec<StaticNode>),
+}
+
+/// A name and who is asked for it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lookup {
+    /// `name`
+    pub name: Arc<str>,
+    /// `resolvers`: addresses with ports. Empty: those of resolv.conf.
+    pub resolvers: Vec<SocketAddr>,
+}
+
+/// `{ name, address }`
+#[derive(Clone, Debug, PartialEq)]
+pub struct StaticNode {
+    /// `name`: the instance name.
+    pub name: Arc<str>,
+    /// `address`: with the cluster's `port` where it is written without one.
+    pub address: SocketAddr,
+    /// `api`: this node's LiteFS API, where it is not on the node's IP with the source's port.
+    pub api: Option<SocketAddr>,
+}
+
+/// `primary`: who is primary.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RoleSource {
+    /// `{ type = "litefs", port = 20202, poll = "1s" }`
+    Litefs {
+        /// LiteFS's API on every member.
+        port: u16,
+        /// Between two `/info` requests to a node.
+        poll: Duration,
+    },
+    /// `{ type = "instance", name }`
+    Instance {
+        /// The primary's instance name.
+        name: Arc<str>,
+    },
+    /// `{ type = "dns", name, resolvers }`: a name that resolves to the primary only.
+    Dns(Lookup),
+}
+
+/// `reads`
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Reads {
+    /// The primary serves reads only when no replica can.
+    #[default]
+    PreferReplicas,
+    /// The primary never serves reads.
+    Replicas,
+    /// Every node serves reads.
+    All,
+    /// Only the primary serves reads.
+    Primary,
+}
+
+/// `balance`
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Balance {
+    /// Power of two choices over peak-EWMA latency times requests in flight.
+    #[default]
+    PeakEwma,
+    /// Power of two choices over requests in flight.
+    LeastRequest,
+    /// In turn.
+    RoundRobin,
+    /// Any.
+    Random,
+}
+
+/// `prefer`
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Prefer {
+    /// All alike.
+    #[default]
+    Any,
+    /// The node whose instance name is this pod's `HOSTNAME`, while it may serve.
+    Local,
+}
+
+/// `[cluster.NAME.timeouts]`
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Timeouts {
+    /// `connect`
+    pub connect: Duration,
+    /// `response_header`: from the end of the request to the response head.
+    pub response_header: Duration,
+    /// `idle`: between two bytes of a body, and on an upgraded connection `tunnel_idle` instead.
+    pub idle: Duration,
+    /// `tunnel_idle`: no byte either way on an upgraded connection.
+    pub tunnel_idle: Duration,
+    /// `pool_idle`: an unused connection to a node is closed after this long: before the node does.
+    pub pool_idle: Duration,
+}
+
+/// `[cluster.NAME.health]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct Health {
+    /// `path`: of the active probe. `None`: no active probe.
+    pub path: Option<Box<str>>,
+    /// `interval`: between probes.
+    pub interval: Duration,
+    /// `timeout`: of a probe.
+    pub timeout: Duration,
+    /// `eject_after`: failures in a row. Zero: never.
+    pub eject_after: u32,
+    /// `eject_base`: how long the first ejection lasts.
+    pub eject_base: Duration,
+    /// `eject_longest`: how long any ejection lasts at most.
+    pub eject_longest: Duration,
+    /// `eject_max`: the share of the nodes that may be ejected at once, 0 to 1.
+    pub eject_max: f64,
+}
+
+/// `[cluster.NAME.retry]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct Retry {
+    /// `"connect"` in `on`: reads go to the next node after failures without an answer.
+    pub on_connect: bool,
+    /// The statuses in `on`.
+    pub on_status: Vec<http::StatusCode>,
+    /// `attempts`: tries in all, the first included, replays not.
+    pub attempts: u32,
+    /// `budget`: retries as a share of recent requests.
+    pub budget: f64,
+    /// `budget_min`: retries a second that are always allowed.
+    pub budget_min: u32,
+}
+
+/// `[cluster.NAME.replay]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct Replay {
+    /// `max_hops`: 0 to 10.
+    pub max_hops: u32,
+    /// `buffer`: bytes of a request body that are kept until the response head arrives.
+    pub buffer: usize,
+    /// `json`: whether the JSON body form is understood. Off by default: LiteFS never uses it.
+    pub json: bool,
+    /// `transform`: whether its `transform` is obeyed.
+    pub transform: bool,
+    /// `pass = true` hands `fly-replay*` response headers to the client untouched, for a Fly edge
+    /// in front of litegate.
+    pub pass: bool,
+    /// `primary_region`: this region means the primary (fly-ruby and django-flyio send regions).
+    pub primary_region: Option<Box<str>>,
+}
+
+/// `[cluster.NAME.hold]`
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Hold {
+    /// `timeout`: how long a write waits for a primary. Zero: not at all.
+    pub timeout: Duration,
+    /// `max_requests`: waiting at once.
+    pub max_requests: usize,
+    /// `max_bytes`: their kept bodies together.
+    pub max_bytes: usize,
+    /// `release`: so many run at a time once the primary is back, until the queue is empty.
+    pub release: usize,
+}

@@ -1,0 +1,26 @@
+//! `[limits]`: what a client may ask of us.
+
+use std::time::Duration;
+
+/// `[limits]`
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// `header_bytes`: a request head, request line included. Over it: 431.
+    pub header_bytes: usize,
+    /// `headers`: fields in a head. Over it: 431.
+    pub headers: usize,
+    /// `uri_bytes`: the request target. Over it: 414.
+    pub uri_bytes: usize,
+    /// `header_read`: from a request's first byte to the end of its head. Over it: 408, closed.
+    pub header_read: Duration,
+    /// `idle`: a kept-alive connection without a request. Over it: closed.
+    pub idle: Duration,
+    /// `body_idle`: no byte of a request body came, or none of a response was taken.
+    pub body_idle: Duration,
+    /// `connections`: clients connected at once, shared out evenly among the workers. Over it:
+    /// the connection waits in the kernel's backlog.
+    pub connections: usize,
+    /// `replay_bytes`: replay buffers of all requests together. Over it: a body is streamed
+    /// without being kept, and a replay of it is impossible.
+    pub replay_bytes: usize,
+}

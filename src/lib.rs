@@ -1,0 +1,16 @@
+//! litegate, a write-aware HTTP reverse proxy.
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod decide;
+pub mod discovery;
+pub mod litefs;
+pub mod proxy;
+pub mod server;
+pub mod telemetry;
+pub mod testkit;
+pub mod topology;
+pub mod upstream;

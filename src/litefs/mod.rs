@@ -1,0 +1,1 @@
+//! LiteFS's own words, spelled once.

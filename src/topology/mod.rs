@@ -1,0 +1,286 @@
+//! What is believed of a cluster: its nodes, their roles and their health.
+//!
+//! A [`Topology`] never changes: a newer belief is a new value with a higher
+//! [`generation`](Topology::generation). One writer, the cluster's discovery task, folds
+//! [`Observation`]s with [`reconcile`] and publishes whole snapshots through
+//! [`watch`]; every reader decides from the one snapshot it took.
+//!
+//! Pure, but for [`watch`]: time is an argument, nothing here opens a socket, logs or counts.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// Everything believed of one cluster at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Topology {
+    /// Grows by one with every publish, so that a waiter can say "newer than what I saw".
+    pub generation: u64,
+    /// How many primary changes litegate has seen.
+    pub term: u64,
+    /// Who gets the writes. `None` while nobody may: see [`Topology::primary_gap`].
+    pub primary: Option<NodeId>,
+    /// Why there is no primary, for logs and answers. Meaningless while there is one.
+    pub primary_gap: PrimaryGap,
+    /// All nodes, in the order of their instance names. A cluster has a handful.
+    pub nodes: Vec<Node>,
+    /// Whether the members were resolved at least once.
+    pub resolved: bool,
+    /// Whether the last attempt to list the members failed, so that `nodes` is the last good list.
+    pub stale: bool,
+}
+
+impl Topology {
+    /// The node that gets the writes.
+    pub fn primary(&self) -> Option<&Node> {
+        self.primary.and_then(|id| self.node(id))
+    }
+
+    /// The node with this identity, if it is still believed to exist.
+    pub fn node(&self, id: NodeId) -> Option<&Node> {
+        self.nodes.iter().find(|node| node.id == id)
+    }
+
+    /// Finds the member that a `fly-replay` or a peer calls `name`.
+    ///
+    /// Tolerant in the order of `reference/litefs.md` section 11 rule 2: exact name, any case,
+    /// without a port, first DNS label, IP address. Never returns a node that is not listed.
+    pub fn named(&self, name: &str) -> Option<&Node> {
+        names::find(&self.nodes, name)
+    }
+}
+
+/// Why nobody is primary.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum PrimaryGap {
+    /// No source has named one yet, or the last one withdrew.
+    #[default]
+    Unknown,
+    /// A name is known, but no listed member goes by it.
+    NotAMember,
+    /// The claimant does not answer any more.
+    Unreachable,
+    /// Two nodes claim the role and nothing tells which claim is newer.
+    SplitBrain,
+}
+
+/// One incarnation of a node: a restarted process, or a new pod on an old address, is another.
+/// Never used twice within one run of litegate.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct NodeId(pub u64);
+
+/// One pod or process of a cluster, as believed.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Identity within this run of litegate.
+    pub id: NodeId,
+    /// The instance name (`abaci-app-0`), or the address as text while no name is known.
+    pub name: Arc<str>,
+    /// Where requests go.
+    pub address: SocketAddr,
+    /// What it is believed to be.
+    pub role: Role,
+    /// Whether it is a member or on its way out.
+    pub presence: Presence,
+    /// How far behind it is, as last seen. `None` where no source tells.
+    pub lag: Option<Duration>,
+    /// Whether its lag lets it serve reads.
+    pub freshness: Freshness,
+    /// Passive health: failures in a row, ejections.
+    pub record: eject::Record,
+    /// Active health: `false` while the probe path fails. `true` where nothing probes.
+    pub probed_healthy: bool,
+    /// When this incarnation was first seen to work: slow start counts from here. `None`: it was
+    /// there when litegate started, and gets its full share at once.
+    pub admitted: Option<Instant>,
+    /// Whether it is the pod that litegate runs beside (`prefer = "local"`).
+    pub local: bool,
+}
+
+impl Node {
+    /// Whether reads may go here as far as health and lag are concerned.
+    pub fn is_healthy(&self, now: Instant) -> bool {
+        self.probed_healthy && !self.record.is_ejected(now)
+    }
+}
+
+/// What a node is in its cluster.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub enum Role {
+    /// The one writer.
+    Primary,
+    /// Serves reads.
+    Replica,
+    /// Not seen yet, or lost its cluster.
+    #[default]
+    Unknown,
+}
+
+impl Role {
+    /// The word for logs, metrics and answers.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Primary => "primary",
+            Self::Replica => "replica",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Whether a node is listed.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Presence {
+    /// Discovery lists it.
+    #[default]
+    Member,
+    /// It vanished from discovery: finishes what it has, gets nothing new.
+    Draining,
+}
+
+/// What a node's lag means for reads.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Freshness {
+    /// Within the soft limit, or no source tells.
+    #[default]
+    Fresh,
+    /// Over the soft limit: the last choice.
+    Behind,
+    /// Over `max_lag`: serves no reads.
+    TooFar,
+}
+
+/// One thing that one source saw. Says nothing about whether it is true.
+#[derive(Clone, Debug)]
+pub struct Observation {
+    /// What was seen.
+    pub saw: Saw,
+    /// Who saw it.
+    pub source: Source,
+    /// When.
+    pub at: Instant,
+}
+
+/// Who saw it: one word for logs and the `source` label.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Source {
+    /// The member list: DNS, SRV or the configuration.
+    Members,
+    /// LiteFS's own API on a node.
+    Litefs,
+    /// `primary = { type = "instance" }`.
+    Instance,
+    /// `primary = { type = "dns" }`.
+    Dns,
+    /// A `fly-replay` answer.
+    Replay,
+    /// The active health probe.
+    Probe,
+    /// The data plane: how requests ended.
+    Traffic,
+}
+
+/// What was seen.
+#[derive(Clone, Debug)]
+pub enum Saw {
+    /// The complete list of members now.
+    Members(Vec<Member>),
+    /// The members could not be listed: dead DNS, NXDOMAIN, an empty answer.
+    MembersUnavailable,
+    /// An instance name was learned for an address (`<instance>.<service>` looked up).
+    Named {
+        /// The member's address.
+        address: SocketAddr,
+        /// Its instance name.
+        name: Arc<str>,
+    },
+    /// A node spoke of itself: LiteFS's `/info` or an event of `/events`.
+    Claim {
+        /// The member that spoke.
+        address: SocketAddr,
+        /// What it said.
+        claim: Claim,
+    },
+    /// A node's role source does not answer.
+    Silent {
+        /// The member that is silent.
+        address: SocketAddr,
+    },
+    /// A node's lag, by its own clock.
+    Lag {
+        /// The member.
+        address: SocketAddr,
+        /// How far behind.
+        lag: Duration,
+    },
+    /// A source that knows the cluster's primary by itself named it: configuration, or a DNS name.
+    /// `None`: it knows that there is none.
+    PrimaryIs(Option<PrimaryName>),
+    /// Somebody else named the primary: evidence, weaker than any node's own word.
+    PrimaryHint(Arc<str>),
+    /// The active probe's verdict.
+    Probed {
+        /// The member.
+        address: SocketAddr,
+        /// Whether the probe passed.
+        healthy: bool,
+    },
+    /// A request failed in a way that tells of the node: no connection, or a gateway error.
+    Failed {
+        /// The incarnation that failed.
+        node: NodeId,
+        /// Whether not even a connection came about.
+        connect: bool,
+    },
+    /// A node with failures on record answered.
+    Answered {
+        /// The incarnation that answered.
+        node: NodeId,
+    },
+}
+
+/// How a source names a primary.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum PrimaryName {
+    /// By instance name.
+    Instance(Arc<str>),
+    /// By one of its IP addresses (ports are not compared).
+    Addresses(Vec<std::net::IpAddr>),
+}
+
+/// One listed member.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Member {
+    /// Where requests go.
+    pub address: SocketAddr,
+    /// Its instance name, where the source tells it (SRV, static).
+    pub name: Option<Arc<str>>,
+}
+
+/// What a node says of itself (LiteFS: `/info`, `/events`; `reference/litefs.md` section 2).
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Claim {
+    /// `Litefs-Id`: drawn at every process start, so a change means a restart. `None` where the
+    /// answer carried none.
+    pub incarnation: Option<u64>,
+    /// `Litefs-Cluster-Id`, once the node knows it.
+    pub cluster: Option<Arc<str>>,
+    /// Whether it says that it is the primary.
+    pub is_primary: bool,
+    /// Whom it names as primary. Empty under a static lease without a hostname: no name there
+    /// does not mean no primary.
+    pub primary: Option<Arc<str>>,
+}
+
+pub mod eject;
+mod names;
+pub mod reconcile;
+pub mod watch;
