@@ -1,1 +1,91 @@
-//! (to come)
+//! Sockets become requests, for any [`Service`]. Knows nothing of clusters.
+//!
+//! Each data-plane worker runs [`serve`] on its own single-threaded runtime with its own
+//! `SO_REUSEPORT` socket, so that nothing on a request's path is shared between cores. A
+//! connection that waits for a request costs its socket and a small task: the HTTP machinery is
+//! built when the first byte comes and put away when the connection has been quiet for a moment.
+
+use std::{future::Future, net::SocketAddr, rc::Rc, time::Duration};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::Incoming;
+
+mod accept;
+mod conn;
+pub mod drain;
+mod io;
+pub mod listener;
+
+pub use accept::{Accepting, serve};
+pub use conn::{Abort, Conn, Takeover};
+pub use io::ClientIo;
+
+/// Whoever answers the requests of a connection.
+pub trait Service {
+    /// The response body.
+    type Body: http_body::Body<Data = Bytes, Error = Abort> + 'static;
+    /// What the service knows of a client for as long as it is connected.
+    type Client: 'static;
+
+    /// A client connected. What this returns is dropped when the client is gone.
+    fn opened(&self, origin: Origin) -> Self::Client;
+
+    /// Answers one request. Dropped when the client goes away.
+    fn call(
+        &self,
+        client: &Rc<Self::Client>,
+        conn: &Rc<Conn>,
+        request: Request<Incoming>,
+    ) -> impl Future<Output = Response<Self::Body>>;
+
+    /// The connection ends because of what the client sent or failed to send before there was a
+    /// request to answer. For logs and counters.
+    fn refused(&self, client: &Self::Client, fault: ClientFault);
+
+    /// What is written to the client then, where HTTP's own machinery does not answer already.
+    fn last_words(&self, fault: ClientFault) -> Bytes;
+}
+
+/// What was wrong with a client that never got as far as a request.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ClientFault {
+    /// Not HTTP, or an ambiguous length: 400.
+    Malformed,
+    /// The head is over the limits: 431.
+    HeadTooLarge,
+    /// The request target is over what any parser takes: 414.
+    UriTooLong,
+    /// The head took too long: 408.
+    HeadTimeout,
+    /// A response was not taken for too long: closed.
+    Stalled,
+}
+
+/// What a client may take its time for, and how much it may send.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The request head in bytes.
+    pub header_bytes: usize,
+    /// Fields in a head.
+    pub headers: usize,
+    /// From a request's first byte to the end of its head.
+    pub header_read: Duration,
+    /// A kept-alive connection without a request.
+    pub idle: Duration,
+    /// No byte of a request body came, or none of a response was taken.
+    pub body_idle: Duration,
+    /// Connections at once on this worker.
+    pub connections: usize,
+}
+
+/// Where a connection came in, and from whom.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// The listener's place in the configuration.
+    pub listener: usize,
+    /// The client's end.
+    pub peer: SocketAddr,
+    /// Our end.
+    pub local: SocketAddr,
+}

@@ -1,0 +1,494 @@
+//! One client connection, from its first byte to its last.
+//!
+//! A connection is *parked* while it waits for a request: a socket, a timer and a small task.
+//! When a byte comes it becomes *active*: hyper reads requests and the service answers them.
+//! After [`PARK_AFTER`] of quiet at a message boundary it is parked again, which gives back
+//! hyper's buffers and the space of the service's future.
+//!
+//! One timer serves everything that may take too long: it fires at most once per [`TICK`] while
+//! the connection is active and compares what it finds with the limits, so that no request has to
+//! arm a timer of its own. Only a deadline nearer than the next tick moves it.
+
+use std::{
+    cell::{Cell, RefCell},
+    fmt,
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
+    rc::Rc,
+    task::Poll,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::AsyncReadExt as _,
+    net::TcpStream,
+    time::{Instant, sleep_until},
+};
+
+use super::{ClientFault, Limits, Origin, Service, drain, io::ClientIo};
+
+/// The longest time between two looks at an active connection's limits.
+const TICK: Duration = Duration::from_secs(1);
+/// How long a connection stays active without a request.
+const PARK_AFTER: Duration = Duration::from_secs(1);
+/// How long a client that is still sending gets to read our last words before the socket closes.
+const LINGER: Duration = Duration::from_secs(2);
+/// And how much it may still send.
+const LINGER_BYTES: usize = 1 << 20;
+/// Interim responses that may wait for a client that does not read.
+const INTERIM_WAITING: usize = 8;
+
+/// Ends the client's response so that it can't look complete.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the response broke off")]
+pub struct Abort;
+
+/// Runs the connection after a 101: gets the socket and what the client already sent.
+pub type Takeover = Box<dyn FnOnce(TcpStream, Bytes) -> Pin<Box<dyn Future<Output = ()>>>>;
+
+/// What a connection and the service that answers on it tell each other.
+pub struct Conn {
+    /// Where it came in, and from whom.
+    pub origin: Origin,
+    drain: drain::Watch,
+    phase: Cell<Phase>,
+    /// When `phase` began.
+    since: Cell<Instant>,
+    /// When the service wants to be polled again, at the latest.
+    deadline: Cell<Option<Instant>>,
+    deadline_passed: Cell<bool>,
+    /// The deadline is nearer than the timer.
+    rearm: Cell<bool>,
+    /// The request body has not been read to its end.
+    body_open: Cell<bool>,
+    /// Since when the service waits for the next byte of the request body.
+    body_wait: Cell<Option<Instant>>,
+    /// Bytes were handed to the socket since hyper last found its buffer empty.
+    dirty: Cell<bool>,
+    /// Since when the client takes nothing.
+    blocked: Cell<Option<Instant>>,
+    received: Cell<u64>,
+    sent: Cell<u64>,
+    interim: RefCell<Vec<Bytes>>,
+    has_interim: Cell<bool>,
+    takeover: RefCell<Option<Takeover>>,
+    reset: Cell<bool>,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Phase {
+    /// Waits for a request.
+    Idle,
+    /// A request's first byte is there.
+    Head,
+    /// The service answers.
+    Busy,
+}
+
+impl fmt::Debug for Conn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Conn").field("origin", &self.origin).field("phase", &self.phase).finish()
+    }
+}
+
+impl Conn {
+    fn new(origin: Origin, drain: drain::Watch) -> Self {
+        Self {
+            origin,
+            drain,
+            phase: Cell::new(Phase::Idle),
+            since: Cell::new(Instant::now()),
+            deadline: Cell::new(None),
+            deadline_passed: Cell::new(false),
+            rearm: Cell::new(false),
+            body_open: Cell::new(false),
+            body_wait: Cell::new(None),
+            dirty: Cell::new(false),
+            blocked: Cell::new(None),
+            received: Cell::new(0),
+            sent: Cell::new(0),
+            interim: RefCell::default(),
+            has_interim: Cell::new(false),
+            takeover: RefCell::default(),
+            reset: Cell::new(false),
+        }
+    }
+
+    /// Whether this worker is taking nothing new: the answer must close the connection.
+    pub fn is_draining(&self) -> bool {
+        self.drain.is_draining()
+    }
+
+    /// When the current request's first byte came.
+    pub fn request_began(&self) -> Instant {
+        self.since.get()
+    }
+
+    /// Asks to be polled again at `at`, even if nothing else happens; `None` takes it back.
+    /// There is one deadline at a time.
+    pub fn set_deadline(&self, at: Option<Instant>) {
+        self.deadline.set(at);
+        self.deadline_passed.set(false);
+        self.rearm.set(at.is_some());
+    }
+
+    /// Whether the deadline has passed. Exact to a timer tick; no clock is read here.
+    pub fn deadline_passed(&self) -> bool {
+        self.deadline_passed.get()
+    }
+
+    /// The service waits for the request body (`true`) or got something (`false`).
+    pub fn waits_for_body(&self, waits: bool) {
+        if !waits {
+            self.body_wait.set(None);
+        } else if self.body_wait.get().is_none() {
+            self.body_wait.set(Some(Instant::now()));
+        }
+    }
+
+    /// The request body came to its end.
+    pub fn body_ended(&self) {
+        self.body_open.set(false);
+        self.body_wait.set(None);
+    }
+
+    /// The response is complete, or given up: the connection is idle again. Returns when.
+    pub fn response_ended(&self) -> Instant {
+        let now = Instant::now();
+        self.phase.set(Phase::Idle);
+        self.since.set(now);
+        self.set_deadline(None);
+        self.rearm.set(false);
+        now
+    }
+
+    /// Sends an interim response (1xx) ahead of the final one. At most [`INTERIM_WAITING`] wait;
+    /// more are dropped: RFC 9110 section 15.2 lets a proxy do so for those that it did not ask for.
+    pub fn send_interim(&self, head: Bytes) {
+        let mut interim = self.interim.borrow_mut();
+        if interim.len() < INTERIM_WAITING {
+            interim.push(head);
+            self.has_interim.set(true);
+        }
+    }
+
+    /// After the 101 that is about to be returned, the connection belongs to `takeover`.
+    pub fn take_over(&self, takeover: Takeover) {
+        *self.takeover.borrow_mut() = Some(takeover);
+    }
+
+    /// The connection must end with a reset: the body that broke off is delimited by the close
+    /// of the connection, and a plain close would make it look complete.
+    pub fn must_reset(&self) {
+        self.reset.set(true);
+    }
+
+    /// Bytes received so far.
+    pub fn received(&self) -> u64 {
+        self.received.get()
+    }
+
+    /// Bytes sent so far.
+    pub fn sent(&self) -> u64 {
+        self.sent.get()
+    }
+
+    fn request_arrived(&self, has_body: bool) {
+        if self.phase.get() == Phase::Idle {
+            // Pipelined: its bytes came with the request before.
+            self.since.set(Instant::now());
+        }
+        self.phase.set(Phase::Busy);
+        self.body_open.set(has_body);
+    }
+
+    pub(super) fn read(&self, n: usize) {
+        self.received.set(self.received.get() + n as u64);
+        if n > 0 && self.phase.get() == Phase::Idle {
+            self.phase.set(Phase::Head);
+            self.since.set(Instant::now());
+        }
+    }
+
+    pub(super) fn wrote(&self, n: usize) {
+        self.sent.set(self.sent.get() + n as u64);
+        self.dirty.set(true);
+        self.blocked.set(None);
+    }
+
+    pub(super) fn write_blocked(&self) {
+        self.dirty.set(true);
+        if self.blocked.get().is_none() {
+            self.blocked.set(Some(Instant::now()));
+        }
+    }
+
+    pub(super) fn flushed(&self) {
+        self.dirty.set(false);
+    }
+
+    pub(super) fn has_interim(&self) -> bool {
+        self.has_interim.get()
+    }
+
+    pub(super) fn take_interim(&self) -> Bytes {
+        let mut interim = self.interim.borrow_mut();
+        let next = if interim.is_empty() { Bytes::new() } else { interim.remove(0) };
+        self.has_interim.set(!interim.is_empty());
+        next
+    }
+
+    pub(super) fn put_back_interim(&self, rest: Bytes) {
+        self.interim.borrow_mut().insert(0, rest);
+        self.has_interim.set(true);
+    }
+
+    /// Compares how long things have taken with how long they may.
+    fn look(&self, now: Instant, limits: &Limits) -> Look {
+        if self.blocked.get().is_some_and(|since| now - since >= limits.body_idle) {
+            return Look::Stop(Stop::Stalled);
+        }
+        let quiet = now - self.since.get();
+        match self.phase.get() {
+            Phase::Idle => {
+                if quiet >= limits.idle {
+                    Look::Stop(Stop::Idle)
+                } else if quiet >= PARK_AFTER && !self.dirty.get() && !self.body_open.get() {
+                    Look::Stop(if self.drain.is_draining() { Stop::Idle } else { Stop::Quiet })
+                } else {
+                    Look::At(now + TICK)
+                }
+            }
+            Phase::Head if quiet >= limits.header_read => Look::Stop(Stop::HeadTimeout),
+            Phase::Head => Look::At((self.since.get() + limits.header_read).min(now + TICK)),
+            Phase::Busy => {
+                let body = self.body_wait.get().map(|since| since + limits.body_idle);
+                let deadline = match (body, self.deadline.get()) {
+                    (Some(body), Some(deadline)) => Some(body.min(deadline)),
+                    (body, deadline) => body.or(deadline),
+                };
+                match deadline {
+                    Some(at) if at <= now && !self.deadline_passed.replace(true) => Look::Poll,
+                    Some(at) if at > now => Look::At(at.min(now + TICK)),
+                    _ => Look::At(now + TICK),
+                }
+            }
+        }
+    }
+}
+
+/// What a look at the clock came to.
+enum Look {
+    /// Nothing; look again then.
+    At(Instant),
+    /// The service's deadline has passed: poll it.
+    Poll,
+    /// The connection is over, or can be put away.
+    Stop(Stop),
+}
+
+/// Why an active connection stopped.
+enum Stop {
+    /// hyper is done with it.
+    Ended(hyper::Result<()>),
+    /// Quiet for a moment.
+    Quiet,
+    /// Idle for too long, or idle in a drain.
+    Idle,
+    /// The head took too long.
+    HeadTimeout,
+    /// The client does not take its response.
+    Stalled,
+}
+
+/// What remains of a connection that was active.
+enum Rest {
+    /// It can be parked.
+    Park(TcpStream),
+    /// Bytes had been read ahead: go on at once.
+    Again(TcpStream, Bytes),
+    /// It is over.
+    Over,
+}
+
+/// Serves one connection to its end.
+pub(super) async fn run<S: Service + 'static>(
+    mut stream: TcpStream,
+    origin: Origin,
+    service: Rc<S>,
+    limits: Rc<Cell<Limits>>,
+    drain: drain::Watch,
+) {
+    let client = Rc::new(service.opened(origin));
+    let mut ahead = Bytes::new();
+    let mut idle_since = Instant::now();
+    loop {
+        if ahead.is_empty() && !parked(&stream, idle_since, &limits, &drain).await {
+            return;
+        }
+        // Boxed, so that a parked connection does not pay for the space of an active one.
+        let active = Box::pin(active(stream, ahead, origin, &client, &service, &limits, &drain));
+        match active.await {
+            Rest::Park(socket) => (stream, ahead) = (socket, Bytes::new()),
+            Rest::Again(socket, bytes) => (stream, ahead) = (socket, bytes),
+            Rest::Over => return,
+        }
+        idle_since = Instant::now() - PARK_AFTER;
+    }
+}
+
+/// Waits for the next request's first byte. Whether there is one.
+async fn parked(
+    stream: &TcpStream,
+    since: Instant,
+    limits: &Cell<Limits>,
+    drain: &drain::Watch,
+) -> bool {
+    // A client that is about to send gets a last chance: its answer will say `connection: close`.
+    let drained = async {
+        drain.started().await;
+        tokio::time::sleep(PARK_AFTER).await;
+    };
+    tokio::select! {
+        biased;
+        readable = stream.readable() => readable.is_ok(),
+        () = sleep_until(since + limits.get().idle) => false,
+        () = drained => false,
+    }
+}
+
+async fn active<S: Service + 'static>(
+    stream: TcpStream,
+    ahead: Bytes,
+    origin: Origin,
+    client: &Rc<S::Client>,
+    service: &Rc<S>,
+    limits: &Cell<Limits>,
+    drain: &drain::Watch,
+) -> Rest {
+    let limits = limits.get();
+    let conn = Rc::new(Conn::new(origin, drain.clone()));
+    let io = TokioIo::new(ClientIo::new(stream, ahead, Rc::clone(&conn)));
+    let answer = service_fn(|request: http::Request<hyper::body::Incoming>| {
+        let (service, conn, client) = (Rc::clone(service), Rc::clone(&conn), Rc::clone(client));
+        conn.request_arrived(!http_body::Body::is_end_stream(request.body()));
+        async move { Ok::<_, std::convert::Infallible>(service.call(&client, &conn, request).await) }
+    });
+    let mut builder = http1::Builder::new();
+    builder
+        .header_read_timeout(None)
+        .max_buf_size(READ_BUFFER)
+        .max_header_size(limits.header_bytes);
+    if limits.headers != HYPERS_HEADERS {
+        builder.max_headers(limits.headers);
+    }
+    let mut http = builder.serve_connection(io, answer);
+
+    let mut timer = pin!(sleep_until(Instant::now() + TICK));
+    let stop = poll_fn(|cx| {
+        loop {
+            if let Poll::Ready(result) = Pin::new(&mut http).poll(cx) {
+                return Poll::Ready(Stop::Ended(result));
+            }
+            if conn.rearm.take()
+                && let Some(at) = conn.deadline.get()
+                && at < timer.deadline()
+            {
+                timer.as_mut().reset(at);
+            }
+            let mut poll_again = false;
+            while timer.as_mut().poll(cx).is_ready() {
+                let now = Instant::now();
+                match conn.look(now, &limits) {
+                    Look::At(at) => timer.as_mut().reset(at),
+                    Look::Poll => {
+                        timer.as_mut().reset(now + TICK);
+                        poll_again = true;
+                    }
+                    Look::Stop(stop) => return Poll::Ready(stop),
+                }
+            }
+            if !poll_again {
+                return Poll::Pending;
+            }
+        }
+    })
+    .await;
+
+    let parts = http.into_parts();
+    let (stream, mut ahead) = parts.io.into_inner().into_parts();
+    if ahead.is_empty() {
+        ahead = parts.read_buf;
+    } else if !parts.read_buf.is_empty() {
+        ahead = [parts.read_buf, ahead].concat().into();
+    }
+    match stop {
+        Stop::Quiet if ahead.is_empty() => Rest::Park(stream),
+        Stop::Quiet => Rest::Again(stream, ahead),
+        Stop::Idle => Rest::Over,
+        Stop::Stalled => {
+            service.refused(client, ClientFault::Stalled);
+            Rest::Over
+        }
+        Stop::HeadTimeout => {
+            service.refused(client, ClientFault::HeadTimeout);
+            let _ = stream.try_write(&service.last_words(ClientFault::HeadTimeout));
+            linger(stream).await;
+            Rest::Over
+        }
+        Stop::Ended(result) => {
+            let takeover = conn.takeover.borrow_mut().take();
+            if let (Ok(()), Some(takeover)) = (&result, takeover) {
+                takeover(stream, ahead).await;
+                return Rest::Over;
+            }
+            if let Err(error) = &result
+                && let Some(fault) = fault(error)
+            {
+                service.refused(client, fault);
+                linger(stream).await;
+            } else if conn.reset.get() {
+                // Without this the close would look like the end of the body.
+                let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+            } else if conn.body_open.get() && result.is_ok() {
+                linger(stream).await;
+            }
+            Rest::Over
+        }
+    }
+}
+
+/// hyper's own bound, for which it needs no allocation.
+const HYPERS_HEADERS: usize = 100;
+/// The largest read from a client at once, and the most that waits to be written to it.
+const READ_BUFFER: usize = 64 << 10;
+
+fn fault(error: &hyper::Error) -> Option<ClientFault> {
+    if error.is_parse_too_large() {
+        Some(ClientFault::HeadTooLarge)
+    } else if error.is_parse() {
+        Some(ClientFault::Malformed)
+    } else {
+        None
+    }
+}
+
+/// Lets a client that is still sending read what we said before the socket goes: closing with
+/// unread bytes makes the kernel send a reset, which may overtake the answer (RFC 9112 section 9.6).
+async fn linger(mut stream: TcpStream) {
+    let _ = tokio::time::timeout(LINGER, async {
+        let _ = tokio::io::AsyncWriteExt::shutdown(&mut stream).await;
+        let mut scratch = vec![0; 16 << 10];
+        let mut left = LINGER_BYTES;
+        while left > 0 {
+            match stream.read(&mut scratch).await {
+                Ok(n) if n > 0 => left = left.saturating_sub(n),
+                _ => break,
+            }
+        }
+    })
+    .await;
+}
