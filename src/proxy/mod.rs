@@ -1,1 +1,3 @@
-//! (to come)
+//! A request becomes a response.
+mod body;
+mod headers;

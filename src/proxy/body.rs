@@ -1,0 +1,320 @@
+//! Bodies: the request's, of which a prefix is kept for a replay, and the response's.
+//!
+//! While a request body streams to a node, its frames are kept until the response head is there,
+//! up to `replay.buffer` for one request and `limits.replay_bytes` for the process. If the head
+//! says replay, the next attempt sends the kept prefix and then goes on with the client's stream,
+//! so an upload that was refused early is replayed without ever having been held whole. Over
+//! either limit nothing more is kept, what was kept is let go, and a replay is impossible.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use crate::{server::Conn, upstream::Wire};
+
+/// What a kept frame costs beyond its bytes: a client may send one byte at a time.
+const FRAME: usize = 64;
+
+/// This worker's share of `limits.replay_bytes`.
+#[derive(Debug)]
+pub struct Budget {
+    limit: usize,
+    used: Cell<usize>,
+}
+
+impl Budget {
+    /// An empty one.
+    pub fn new(limit: usize) -> Rc<Self> {
+        Rc::new(Self { limit, used: Cell::new(0) })
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        self.used.get()
+    }
+
+    fn take(&self, n: usize) -> bool {
+        let used = self.used.get() + n;
+        let fits = used <= self.limit;
+        if fits {
+            self.used.set(used);
+        }
+        fits
+    }
+
+    fn give(&self, n: usize) {
+        self.used.set(self.used.get() - n);
+    }
+}
+
+/// A request body on its way, for as many attempts as it takes.
+#[derive(Debug)]
+pub struct Upload(Rc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    conn: Rc<Conn>,
+    state: RefCell<State>,
+    budget: Rc<Budget>,
+    /// `replay.buffer`
+    limit: usize,
+    /// When a frame last went to a node, or the attempt began.
+    progress: Cell<Instant>,
+    /// The client's stream came to its end.
+    ended: Cell<bool>,
+    /// The client's stream failed.
+    failed: Cell<bool>,
+    /// The attempt waits for the client, not for the node.
+    starved: Cell<bool>,
+    /// Bytes of body that came from the client.
+    received: Cell<u64>,
+}
+
+#[derive(Debug)]
+struct State {
+    source: Incoming,
+    kept: VecDeque<Bytes>,
+    /// What `kept` costs.
+    cost: usize,
+    /// How many of `kept` the current attempt has sent.
+    sent: usize,
+    trailers: Option<HeaderMap>,
+    trailers_sent: bool,
+    /// Frames are still kept.
+    keeping: bool,
+    /// The prefix is not whole any more.
+    lost: bool,
+}
+
+impl Upload {
+    /// For a body that is not empty.
+    pub fn new(source: Incoming, conn: Rc<Conn>, budget: Rc<Budget>, limit: usize) -> Self {
+        Self(Rc::new(Shared {
+            conn,
+            state: RefCell::new(State {
+                source,
+                kept: VecDeque::new(),
+                cost: 0,
+                sent: 0,
+                trailers: None,
+                trailers_sent: false,
+                keeping: limit > 0,
+                lost: false,
+            }),
+            budget,
+            limit,
+            progress: Cell::new(Instant::now()),
+            ended: Cell::new(false),
+            failed: Cell::new(false),
+            starved: Cell::new(false),
+            received: Cell::new(0),
+        }))
+    }
+
+    /// The body for one attempt: the kept prefix first. Where the client waits for
+    /// `100 Continue`, nothing is taken from it before the node says so.
+    pub fn attempt(&self, wire: Rc<Wire>, expects_continue: bool) -> RequestBody {
+        let mut state = self.0.state.borrow_mut();
+        state.sent = 0;
+        state.trailers_sent = false;
+        self.0.progress.set(Instant::now());
+        RequestBody(Some(Reader { shared: Rc::clone(&self.0), wire, expects_continue }))
+    }
+
+    /// Whether another attempt would be sent the whole body.
+    pub fn is_replayable(&self) -> bool {
+        !self.0.state.borrow().lost && !self.0.failed.get()
+    }
+
+    /// The answer is on its way to the client: there will be no other attempt.
+    pub fn settle(&self) {
+        let mut state = self.0.state.borrow_mut();
+        state.keeping = false;
+        let sent = state.sent;
+        if sent > 0 {
+            state.lost = true;
+        }
+        state.kept.drain(..sent);
+        state.sent = 0;
+        self.0.release(&mut state);
+    }
+
+    /// What the kept prefix costs.
+    pub fn kept(&self) -> usize {
+        self.0.state.borrow().cost
+    }
+
+    /// Whether the client's stream came to its end.
+    pub fn is_complete(&self) -> bool {
+        self.0.ended.get()
+    }
+
+    /// Whether the client's stream failed.
+    pub fn is_broken(&self) -> bool {
+        self.0.failed.get()
+    }
+
+    /// Whether the attempt waits for the client rather than for the node.
+    pub fn is_starved(&self) -> bool {
+        self.0.starved.get()
+    }
+
+    /// When it last got on.
+    pub fn progress(&self) -> Instant {
+        self.0.progress.get()
+    }
+
+    /// Bytes that came from the client.
+    pub fn received(&self) -> u64 {
+        self.0.received.get()
+    }
+}
+
+impl Shared {
+    /// Gives back the budget for what is no longer kept.
+    fn release(&self, state: &mut State) {
+        let cost = state.kept.iter().map(|bytes| bytes.len() + FRAME).sum();
+        self.budget.give(state.cost - cost);
+        state.cost = cost;
+    }
+
+    fn keep(&self, state: &mut State, data: &Bytes) {
+        let cost = data.len() + FRAME;
+        if state.cost + cost <= self.limit && self.budget.take(cost) {
+            state.cost += cost;
+            state.kept.push_back(data.clone());
+            state.sent += 1;
+        } else {
+            state.keeping = false;
+            state.lost = true;
+            state.kept.clear();
+            state.sent = 0;
+            self.release(state);
+        }
+    }
+
+    fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let state = &mut *self.state.borrow_mut();
+        if let Some(kept) = state.kept.get(state.sent) {
+            let data = kept.clone();
+            if state.keeping {
+                state.sent += 1;
+            } else {
+                state.kept.pop_front();
+                self.release(state);
+            }
+            self.progress.set(Instant::now());
+            return Poll::Ready(Some(Ok(Frame::data(data))));
+        }
+        if self.ended.get() {
+            let trailers = state.trailers.clone().filter(|_| !state.trailers_sent);
+            state.trailers_sent = true;
+            return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
+        }
+        let polled = Pin::new(&mut state.source).poll_frame(cx);
+        self.starved.set(polled.is_pending());
+        self.conn.waits_for_body(polled.is_pending());
+        let Poll::Ready(frame) = polled else { return Poll::Pending };
+        self.progress.set(Instant::now());
+        match &frame {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    self.received.set(self.received.get() + data.len() as u64);
+                    if state.keeping {
+                        self.keep(state, data);
+                    } else if !data.is_empty() {
+                        state.lost = true;
+                    }
+                } else if let Some(trailers) = frame.trailers_ref() {
+                    state.trailers = Some(trailers.clone());
+                    state.trailers_sent = true;
+                    self.end();
+                }
+            }
+            Some(Err(_)) => self.failed.set(true),
+            None => self.end(),
+        }
+        if state.source.is_end_stream() {
+            self.end();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn end(&self) {
+        self.ended.set(true);
+        self.conn.body_ended();
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.budget.give(self.state.get_mut().cost);
+    }
+}
+
+/// The body of one attempt, as a node's connection sends it.
+#[derive(Debug, Default)]
+pub struct RequestBody(Option<Reader>);
+
+#[derive(Debug)]
+struct Reader {
+    shared: Rc<Shared>,
+    /// The socket it goes to.
+    wire: Rc<Wire>,
+    /// Closed until the node says `100 Continue`.
+    expects_continue: bool,
+}
+
+impl RequestBody {
+    /// None.
+    pub fn empty() -> Self {
+        Self(None)
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Some(reader) = &self.0 else { return Poll::Ready(None) };
+        // The node takes no more, but may be answering: leave the rest with the client.
+        let closed = reader.expects_continue && !reader.wire.continued();
+        if closed || reader.wire.is_broken() {
+            return Poll::Pending;
+        }
+        reader.shared.poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let Some(Reader { shared, .. }) = &self.0 else { return true };
+        let state = shared.state.borrow();
+        shared.ended.get()
+            && state.sent >= state.kept.len()
+            && (state.trailers.is_none() || state.trailers_sent)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let Some(Reader { shared, .. }) = &self.0 else { return SizeHint::with_exact(0) };
+        let state = shared.state.borrow();
+        let unsent = state.kept.iter().skip(state.sent);
+        let unsent: u64 = unsent.map(|bytes| bytes.len() as u64).sum();
+        match state.source.size_hint().exact() {
+            Some(rest) => SizeHint::with_exact(rest + unsent),
+            None => SizeHint::default(),
+        }
+    }
+}

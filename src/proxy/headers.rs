@@ -1,0 +1,345 @@
+//! What of a head travels on, and what litegate adds: pure edits of a [`HeaderMap`].
+//!
+//! The request a client sent is kept as it came, and each attempt's head is built from it anew
+//! in one pass, so that a replay carries the original and not what the first hop made of it.
+//! A response head is edited in place: it is relayed once.
+//!
+//! Rules: RFC 9110 sections 7.6.1 (hop-by-hop) and 7.6.3 (Via), RFC 7239 (Forwarded),
+//! `reference/fly-replay.md` section 13 rule 8 (what apps believe of an edge).
+
+use std::net::{IpAddr, SocketAddr};
+
+use bytes::{BufMut as _, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+
+/// `X-Forwarded-For`
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
+const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+
+/// What is the same for every request of one connection.
+#[derive(Debug)]
+pub struct Peer {
+    /// Whether what it says of other peers is believed.
+    pub trusted: bool,
+    address: HeaderValue,
+    port: HeaderValue,
+    /// `for=…` of RFC 7239, to which host and protocol are added.
+    node: Box<[u8]>,
+}
+
+impl Peer {
+    /// Writes down once what would be formatted for each request.
+    pub fn new(peer: SocketAddr, local: SocketAddr, trusted: bool) -> Self {
+        let ip = peer.ip().to_canonical();
+        let node = match ip {
+            IpAddr::V4(ip) => format!("for={ip}"),
+            IpAddr::V6(ip) => format!("for=\"[{ip}]\""),
+        };
+        Self {
+            trusted,
+            address: text(&ip.to_string()),
+            port: text(&local.port().to_string()),
+            node: node.into_bytes().into(),
+        }
+    }
+
+    /// This hop's element of `Forwarded`.
+    fn element(&self, host: Option<&HeaderValue>) -> HeaderValue {
+        const PROTO: &[u8] = b";proto=http";
+        let host = host.map(HeaderValue::as_bytes).filter(|host| is_quotable(host));
+        let length = self.node.len() + PROTO.len() + host.map_or(0, |host| host.len() + 8);
+        let mut element = BytesMut::with_capacity(length);
+        element.put_slice(&self.node);
+        if let Some(host) = host {
+            element.put_slice(b";host=\"");
+            element.put_slice(host);
+            element.put_u8(b'"');
+        }
+        element.put_slice(PROTO);
+        value(element.freeze())
+    }
+}
+
+/// Whether it can stand between quotes as it is.
+fn is_quotable(host: &[u8]) -> bool {
+    host.iter().all(|byte| (0x20..0x7f).contains(byte) && *byte != b'"' && *byte != b'\\')
+}
+
+fn text(text: &str) -> HeaderValue {
+    // Digits, dots and colons only.
+    HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+fn value(bytes: bytes::Bytes) -> HeaderValue {
+    // Made of parts that were header values, and visible ASCII.
+    HeaderValue::from_maybe_shared(bytes).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+/// What the attempt adds beyond the client's own fields.
+#[derive(Debug, Default)]
+pub struct Extra {
+    /// `fly-replay-src`, after a replay.
+    pub replay_src: Option<HeaderValue>,
+    /// `fly-replay-failed`, on a fallback.
+    pub replay_failed: Option<HeaderValue>,
+    /// `fly-preferred-instance-unavailable`
+    pub preferred_unavailable: Option<HeaderValue>,
+}
+
+/// The head that a node gets.
+///
+/// `original` is what the client sent; `host` replaces its `Host` (the authority of an
+/// absolute-form target outranks it, RFC 9112 section 3.2.2); `upgrade` keeps the fields that ask
+/// for another protocol; `via` is this instance's own.
+pub fn upstream(
+    original: &HeaderMap,
+    host: Option<&HeaderValue>,
+    peer: &Peer,
+    upgrade: bool,
+    via: &HeaderValue,
+    extra: &Extra,
+) -> HeaderMap {
+    // Seven fields of ours come on top of the client's.
+    let mut head = HeaderMap::with_capacity(original.len() + 8);
+    let host = host.or_else(|| original.get(header::HOST));
+    head.insert(header::HOST, host.cloned().unwrap_or_else(|| HeaderValue::from_static("")));
+
+    let mut named = false;
+    let mut trailers = false;
+    for (name, value) in original {
+        match fate(name, peer.trusted) {
+            Fate::Keep => {
+                head.append(name, value.clone());
+            }
+            Fate::Drop => {}
+            Fate::Connection => named |= names_fields(value),
+            Fate::Te => trailers |= is_token_listed(value, b"trailers"),
+        }
+    }
+    if named {
+        remove_named(original, &mut head);
+    }
+    if trailers {
+        // hyper passes trailers on, so this hop can say so for itself.
+        head.insert(header::TE, HeaderValue::from_static("trailers"));
+        head.insert(header::CONNECTION, HeaderValue::from_static("te"));
+    }
+    if upgrade && let Some(protocol) = original.get(header::UPGRADE) {
+        head.insert(header::UPGRADE, protocol.clone());
+        head.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+    head.append(header::VIA, via.clone());
+    forwarded(&mut head, host, peer);
+    for (name, value) in [
+        ("fly-replay-src", &extra.replay_src),
+        ("fly-replay-failed", &extra.replay_failed),
+        ("fly-preferred-instance-unavailable", &extra.preferred_unavailable),
+    ] {
+        if let Some(value) = value {
+            head.insert(HeaderName::from_static(name), value.clone());
+        }
+    }
+    head
+}
+
+/// Says who the client is: in place of what it said itself, or behind what a trusted proxy said.
+fn forwarded(head: &mut HeaderMap, host: Option<&HeaderValue>, peer: &Peer) {
+    append(head, FORWARDED_FOR, &peer.address);
+    append(head, header::FORWARDED, &peer.element(host));
+    if peer.trusted {
+        // The proxy in front knows what the client asked it for.
+        if !head.contains_key(&FORWARDED_PROTO) {
+            head.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+        }
+        if !head.contains_key(&FORWARDED_PORT) {
+            head.insert(FORWARDED_PORT, peer.port.clone());
+        }
+        if !head.contains_key(&REAL_IP) {
+            head.insert(REAL_IP, peer.address.clone());
+        }
+        if let Some(host) = host
+            && !head.contains_key(&FORWARDED_HOST)
+        {
+            head.insert(FORWARDED_HOST, host.clone());
+        }
+    } else {
+        head.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+        head.insert(FORWARDED_PORT, peer.port.clone());
+        head.insert(REAL_IP, peer.address.clone());
+        if let Some(host) = host {
+            head.insert(FORWARDED_HOST, host.clone());
+        }
+    }
+}
+
+/// Adds to a list field, in one line: many apps read only the first line of `X-Forwarded-For`.
+fn append(head: &mut HeaderMap, name: HeaderName, last: &HeaderValue) {
+    let mut lines = head.get_all(&name).iter();
+    let Some(first) = lines.next() else {
+        head.insert(name, last.clone());
+        return;
+    };
+    let mut joined = BytesMut::from(first.as_bytes());
+    for line in lines {
+        joined.put_slice(b", ");
+        joined.put_slice(line.as_bytes());
+    }
+    joined.put_slice(b", ");
+    joined.put_slice(last.as_bytes());
+    head.insert(name, value(joined.freeze()));
+}
+
+/// What happens to a request field.
+enum Fate {
+    Keep,
+    Drop,
+    /// Names other fields of this hop.
+    Connection,
+    /// Of this hop, but it may say `trailers`.
+    Te,
+}
+
+fn fate(name: &HeaderName, trusted: bool) -> Fate {
+    match name.as_str() {
+        "connection" => Fate::Connection,
+        "te" => Fate::Te,
+        // `host` is written first; the others are about this hop only (RFC 9110 section 7.6.1),
+        // or litegate's own (`http2-settings` belongs to an upgrade that hyper does not make).
+        "host"
+        | "keep-alive"
+        | "proxy-connection"
+        | "transfer-encoding"
+        | "upgrade"
+        | "http2-settings"
+        | "proxy-authorization" => Fate::Drop,
+        "forwarded" | "x-forwarded-for" | "x-forwarded-proto" | "x-forwarded-host"
+        | "x-forwarded-port" | "x-forwarded-ssl" | "x-real-ip"
+            if !trusted =>
+        {
+            Fate::Drop
+        }
+        name if name.starts_with("fly-") && !trusted && is_of_the_edge(name) => Fate::Drop,
+        // Addressed to litegate.
+        "litegate-route" | "litegate-consistency" | "litegate-max-staleness" => Fate::Drop,
+        _ => Fate::Keep,
+    }
+}
+
+/// Request fields that apps believe because only Fly's edge can set them.
+fn is_of_the_edge(name: &str) -> bool {
+    name.starts_with("fly-forwarded-")
+        || name.starts_with("fly-replay")
+        || name.starts_with("fly-force-")
+        || name.starts_with("fly-prefer")
+        || matches!(
+            name,
+            "fly-client-ip"
+                | "fly-region"
+                | "fly-request-id"
+                | "fly-dispatch-start"
+                | "fly-traceparent"
+                | "fly-tracestate"
+        )
+}
+
+/// Whether a `Connection` line names anything but the usual words.
+fn names_fields(connection: &HeaderValue) -> bool {
+    tokens(connection).any(|token| {
+        ![&b"keep-alive"[..], b"close", b"upgrade", b"te"]
+            .iter()
+            .any(|usual| token.eq_ignore_ascii_case(usual))
+    })
+}
+
+/// Removes the fields that `Connection` names. `Host` and `Content-Length` stay: no message is
+/// right without them, whoever names them.
+fn remove_named(original: &HeaderMap, head: &mut HeaderMap) {
+    for line in original.get_all(header::CONNECTION) {
+        for token in tokens(line) {
+            if let Ok(name) = HeaderName::from_bytes(token)
+                && name != header::HOST
+                && name != header::CONTENT_LENGTH
+            {
+                head.remove(name);
+            }
+        }
+    }
+}
+
+fn is_token_listed(line: &HeaderValue, wanted: &[u8]) -> bool {
+    tokens(line).any(|token| token.eq_ignore_ascii_case(wanted))
+}
+
+fn tokens(line: &HeaderValue) -> impl Iterator<Item = &[u8]> {
+    line.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii).filter(|t| !t.is_empty())
+}
+
+/// Whether a request asks to become another protocol: `Connection: upgrade` and an `Upgrade`.
+pub fn wants_upgrade(head: &HeaderMap) -> bool {
+    head.contains_key(header::UPGRADE)
+        && head.get_all(header::CONNECTION).iter().any(|line| is_token_listed(line, b"upgrade"))
+}
+
+/// Whether a request waits for `100 Continue`.
+pub fn expects_continue(head: &HeaderMap) -> bool {
+    head.get(header::EXPECT).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+/// Edits a node's response head for the client. `switching` keeps what a 101 needs; `pass` keeps
+/// `fly-replay*` for a Fly edge in front of litegate.
+pub fn downstream(head: &mut HeaderMap, switching: bool, pass: bool, via: &HeaderValue) {
+    let mut connection = false;
+    let mut hop = false;
+    let mut ours = false;
+    for name in head.keys() {
+        match name.as_str() {
+            "connection" => connection = true,
+            "keep-alive" | "proxy-connection" | "transfer-encoding" | "te" | "upgrade"
+            | "proxy-authenticate" => hop = true,
+            name if name.starts_with("fly-replay") || name.starts_with("litegate-") => ours = true,
+            _ => {}
+        }
+    }
+    if connection {
+        let original = head.clone();
+        head.remove(header::CONNECTION);
+        if original.get_all(header::CONNECTION).iter().any(names_fields) {
+            remove_named(&original, head);
+        }
+    }
+    if hop {
+        head.remove("keep-alive");
+        head.remove("proxy-connection");
+        head.remove(header::TRANSFER_ENCODING);
+        head.remove(header::TE);
+        head.remove(header::PROXY_AUTHENTICATE);
+        if !switching {
+            head.remove(header::UPGRADE);
+        }
+    }
+    if ours {
+        strip_ours(head, pass);
+    }
+    if switching {
+        head.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+    head.append(header::VIA, via.clone());
+}
+
+/// Removes what is between a node and litegate.
+fn strip_ours(head: &mut HeaderMap, pass: bool) {
+    let names: Vec<HeaderName> = head
+        .keys()
+        .filter(|name| {
+            let name = name.as_str();
+            (name.starts_with("fly-replay") && !pass) || name == "litegate-write"
+        })
+        .cloned()
+        .collect();
+    for name in names {
+        head.remove(name);
+    }
+}

@@ -1,0 +1,306 @@
+//! One HTTP/1.1 connection to a node.
+//!
+//! hyper's connection future is not spawned as a task of its own: whoever has an exchange with
+//! the node polls it, and an idle connection is polled by nobody. That saves two task switches
+//! per request, and dropping a request closes its connection at once. What it asks for is a look
+//! at an idle connection before it is used again: [`Connection::is_usable`].
+
+use std::{
+    cell::{Cell, RefCell},
+    future::{Future, poll_fn},
+    io,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    rc::Rc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::{
+    body::{Body, Incoming},
+    client::conn::http1,
+};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::{Instant, timeout},
+};
+
+use super::interim;
+use crate::decide::{Failure, FailureKind};
+
+/// A connection to a node that carries request bodies of type `B`.
+#[derive(Debug)]
+pub struct Connection<B: Body + 'static> {
+    sender: http1::SendRequest<B>,
+    driver: http1::Connection<TokioIo<NodeIo>, B>,
+    /// HTTP on it is over: `driver` must not be polled again.
+    ended: bool,
+    wire: Rc<Wire>,
+    /// Exchanges begun on it.
+    uses: u64,
+    /// When it was last put into a pool.
+    idle_since: Instant,
+}
+
+/// What is known of the socket below hyper.
+#[derive(Debug, Default)]
+pub struct Wire {
+    /// A byte of the current request reached the socket.
+    written: Cell<bool>,
+    /// The node takes no more: what is left of the request goes nowhere.
+    broken: Cell<bool>,
+    /// Any byte of the current answer came.
+    answered: Cell<bool>,
+    interim: interim::Sniffer,
+}
+
+impl Wire {
+    /// Whether the node has stopped taking the request. Its answer may still come.
+    pub fn is_broken(&self) -> bool {
+        self.broken.get()
+    }
+
+    /// Whether the node said `100 Continue` to the current request.
+    pub fn continued(&self) -> bool {
+        self.interim.continued()
+    }
+
+    /// Goes on as if the node had said `100 Continue`.
+    pub fn continue_anyway(&self) {
+        self.interim.continue_anyway();
+    }
+
+    /// The next interim response (not 100) that the node sent, ready for the client.
+    pub fn next_interim(&self) -> Option<Bytes> {
+        self.interim.next()
+    }
+
+    fn begin(&self) {
+        self.written.set(false);
+        self.answered.set(false);
+        self.interim.begin();
+    }
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Refused, unreachable, or out of our own resources.
+    #[error("{0}")]
+    Io(io::Error),
+    /// Nobody answered in time.
+    #[error("timed out")]
+    Timeout,
+}
+
+impl ConnectError {
+    /// The word for it in decisions, logs and metrics.
+    pub fn kind(&self) -> FailureKind {
+        match self {
+            Self::Io(_) => FailureKind::ConnectRefused,
+            Self::Timeout => FailureKind::ConnectTimeout,
+        }
+    }
+}
+
+/// The most that is read from a node at once, and the largest response head.
+const READ_BUFFER: usize = 256 << 10;
+
+impl<B> Connection<B>
+where
+    B: Body<Data = Bytes> + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    /// Connects, within `limit`.
+    pub async fn open(address: SocketAddr, limit: Duration) -> Result<Self, ConnectError> {
+        let stream = timeout(limit, TcpStream::connect(address))
+            .await
+            .map_err(|_elapsed| ConnectError::Timeout)?
+            .map_err(ConnectError::Io)?;
+        let _ = stream.set_nodelay(true);
+        let wire = Rc::new(Wire::default());
+        let io = TokioIo::new(NodeIo { stream, wire: Rc::clone(&wire) });
+        let (sender, driver) = http1::Builder::new()
+            .max_buf_size(READ_BUFFER)
+            .handshake(io)
+            .await
+            .map_err(|error| ConnectError::Io(io::Error::other(error)))?;
+        Ok(Self { sender, driver, ended: false, wire, uses: 0, idle_since: Instant::now() })
+    }
+
+    /// The socket's side of it, for the request body that is about to be sent.
+    pub fn wire(&self) -> Rc<Wire> {
+        Rc::clone(&self.wire)
+    }
+
+    /// Whether this connection has carried a request before the current one.
+    pub fn is_reused(&self) -> bool {
+        self.uses > 1
+    }
+
+    /// Marks it idle from `now` on.
+    pub fn rest(&mut self, now: Instant) {
+        self.idle_since = now;
+    }
+
+    /// How long it has been idle.
+    pub fn idle_for(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.idle_since)
+    }
+
+    /// Looks whether the node has closed an idle connection, or sent what nobody asked for. The
+    /// runtime has seen either already: this is no system call unless there is something to read.
+    pub fn is_usable(&mut self, cx: &mut Context<'_>) -> bool {
+        self.poll_driver(cx);
+        !self.ended && self.sender.is_ready()
+    }
+
+    /// Sends a request and waits for the final response head. `gives_up` is asked on every poll
+    /// whether it has taken too long.
+    ///
+    /// # Errors
+    /// How it failed, and whether any byte of the request reached the socket. After an error the
+    /// connection must be dropped.
+    pub async fn exchange(
+        &mut self,
+        request: Request<B>,
+        mut gives_up: impl FnMut(&mut Context<'_>) -> bool,
+    ) -> Result<Response<Incoming>, Failure> {
+        self.uses += 1;
+        self.wire.begin();
+        let mut response = pin!(self.sender.send_request(request));
+        let (driver, ended) = (&mut self.driver, &mut self.ended);
+        let result = poll_fn(|cx| {
+            if !*ended {
+                *ended = Pin::new(&mut *driver).poll(cx).is_ready();
+            }
+            match response.as_mut().poll(cx) {
+                Poll::Ready(result) => Poll::Ready(Ok(result)),
+                Poll::Pending if gives_up(cx) => Poll::Ready(Err(())),
+                Poll::Pending => Poll::Pending,
+            }
+        })
+        .await;
+        let written = self.wire.written.get();
+        let kind = match result {
+            Ok(Ok(response)) => return Ok(response),
+            Err(()) => FailureKind::ResponseTimeout,
+            Ok(Err(error)) if error.is_parse() || error.is_parse_too_large() => {
+                FailureKind::BadResponse
+            }
+            Ok(Err(_)) if self.is_reused() && !self.wire.answered.get() => {
+                FailureKind::StaleConnection
+            }
+            Ok(Err(_)) => FailureKind::Closed,
+        };
+        Err(Failure { kind, written })
+    }
+
+    /// Lets the exchange go on: reads the response body into hyper's channel and sends what is
+    /// left of the request.
+    pub fn poll_driver(&mut self, cx: &mut Context<'_>) {
+        if !self.ended {
+            self.ended = Pin::new(&mut self.driver).poll(cx).is_ready();
+        }
+    }
+
+    /// After a 101: takes the socket out of HTTP, with what the node already sent on it.
+    pub async fn into_stream(mut self: Box<Self>) -> (TcpStream, Bytes) {
+        poll_fn(|cx| {
+            self.poll_driver(cx);
+            if self.ended { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+        let parts = self.driver.into_parts();
+        (parts.io.into_inner().stream, parts.read_buf)
+    }
+}
+
+/// A node's socket.
+#[derive(Debug)]
+pub struct NodeIo {
+    stream: TcpStream,
+    wire: Rc<Wire>,
+}
+
+impl NodeIo {
+    fn wrote(&self, len: usize, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match result {
+            Poll::Ready(Ok(n)) => {
+                if n > 0 {
+                    self.wire.written.set(true);
+                }
+                Poll::Ready(Ok(n))
+            }
+            // A node that refuses an upload answers first and closes then. hyper would give up
+            // at the failed write and never read that answer (`reference/litefs.md` section 1.3:
+            // the replay was still readable after EPIPE), so the rest of the request is thrown
+            // away here and reading goes on: to the answer, or to the end of the connection.
+            Poll::Ready(Err(_)) => {
+                self.wire.broken.set(true);
+                Poll::Ready(Ok(len))
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+impl AsyncRead for NodeIo {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let result = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let new = buf.filled().get(before..).unwrap_or_default();
+        if !new.is_empty() {
+            self.wire.answered.set(true);
+            self.wire.interim.see(new);
+        }
+        result
+    }
+}
+
+impl AsyncWrite for NodeIo {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        if self.wire.broken.get() {
+            return Poll::Ready(Ok(buf.len()));
+        }
+        let result = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.wrote(buf.len(), result)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let len = bufs.iter().map(|buf| buf.len()).sum();
+        if self.wire.broken.get() {
+            return Poll::Ready(Ok(len));
+        }
+        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.wrote(len, result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

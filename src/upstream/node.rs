@@ -1,0 +1,153 @@
+//! What one worker knows of each node: its idle connections, its places, its load.
+
+use std::{
+    cell::{Cell, RefCell},
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    task::Context,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use hyper::body::Body;
+use tokio::time::Instant;
+
+use super::{Connection, Gate};
+use crate::topology::{NodeId, Topology};
+
+/// This worker's share of what a node may be asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Requests in flight.
+    pub requests: usize,
+    /// Requests that wait for a place.
+    pub pending: usize,
+    /// Idle connections kept.
+    pub idle: usize,
+    /// How long an idle connection is kept.
+    pub idle_for: Duration,
+}
+
+/// A node as one worker uses it. `L` is what the balancer remembers of it.
+#[derive(Debug)]
+pub struct Upstream<B: Body + 'static, L> {
+    /// The incarnation.
+    pub id: NodeId,
+    /// Its instance name.
+    pub name: Arc<str>,
+    /// Where it is.
+    pub address: SocketAddr,
+    /// Its places.
+    pub gate: Rc<Gate>,
+    /// What the balancer remembers.
+    pub load: L,
+    idle: RefCell<Vec<Box<Connection<B>>>>,
+    limits: Limits,
+    /// It has left the topology: connections that come back are closed.
+    gone: Cell<bool>,
+}
+
+impl<B, L> Upstream<B, L>
+where
+    B: Body<Data = Bytes> + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    /// The idle connection that was used last, if one is still good: the others grow old and are
+    /// closed, so that a pool shrinks to what is needed.
+    pub fn take_idle(&self, cx: &mut Context<'_>, now: Instant) -> Option<Box<Connection<B>>> {
+        let mut idle = self.idle.borrow_mut();
+        while let Some(mut connection) = idle.pop() {
+            if connection.idle_for(now) < self.limits.idle_for && connection.is_usable(cx) {
+                return Some(connection);
+            }
+        }
+        None
+    }
+
+    /// Keeps a connection for the next request. Over the limit, the one idle longest is closed.
+    pub fn keep(&self, mut connection: Box<Connection<B>>, now: Instant) {
+        if self.gone.get() || self.limits.idle == 0 {
+            return;
+        }
+        connection.rest(now);
+        let mut idle = self.idle.borrow_mut();
+        if idle.len() >= self.limits.idle {
+            idle.remove(0);
+        }
+        idle.push(connection);
+    }
+
+    /// Closes connections that have been idle for too long.
+    pub fn prune(&self, now: Instant) {
+        self.idle.borrow_mut().retain(|c| c.idle_for(now) < self.limits.idle_for);
+    }
+
+    /// How many connections are idle.
+    pub fn idle(&self) -> usize {
+        self.idle.borrow().len()
+    }
+}
+
+/// All nodes of one cluster as one worker uses them, in the order of the snapshot.
+#[derive(Debug)]
+pub struct Upstreams<B: Body + 'static, L> {
+    generation: Cell<Option<u64>>,
+    nodes: RefCell<Vec<Rc<Upstream<B, L>>>>,
+    limits: Limits,
+}
+
+impl<B, L> Upstreams<B, L>
+where
+    B: Body<Data = Bytes> + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    /// For one cluster.
+    pub fn new(limits: Limits) -> Self {
+        Self { generation: Cell::new(None), nodes: RefCell::default(), limits }
+    }
+
+    /// Follows the snapshot: pools of departed incarnations are closed, new ones begin with
+    /// `load`. Afterwards [`Upstreams::get`] has the snapshot's indices. Costs a comparison when
+    /// nothing has changed.
+    pub fn follow(&self, topology: &Topology, mut load: impl FnMut(&crate::topology::Node) -> L) {
+        if self.generation.get() == Some(topology.generation) {
+            return;
+        }
+        self.generation.set(Some(topology.generation));
+        let mut old = std::mem::take(&mut *self.nodes.borrow_mut());
+        let new = topology.nodes.iter().map(|node| {
+            let known = old.iter().position(|up| {
+                up.id == node.id && up.address == node.address && up.name == node.name
+            });
+            match known {
+                Some(index) => old.swap_remove(index),
+                None => Rc::new(Upstream {
+                    id: node.id,
+                    name: Arc::clone(&node.name),
+                    address: node.address,
+                    gate: Gate::new(self.limits.requests, self.limits.pending),
+                    load: load(node),
+                    idle: RefCell::default(),
+                    limits: self.limits,
+                    gone: Cell::new(false),
+                }),
+            }
+        });
+        *self.nodes.borrow_mut() = new.collect();
+        for departed in old {
+            departed.gone.set(true);
+            departed.idle.borrow_mut().clear();
+        }
+    }
+
+    /// The node at this place of the snapshot last followed.
+    pub fn get(&self, index: usize) -> Option<Rc<Upstream<B, L>>> {
+        self.nodes.borrow().get(index).cloned()
+    }
+
+    /// Looks at every node.
+    pub fn each(&self, look: impl FnMut(&Rc<Upstream<B, L>>)) {
+        self.nodes.borrow().iter().for_each(look);
+    }
+}
