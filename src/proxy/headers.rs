@@ -343,3 +343,219 @@ fn strip_ours(head: &mut HeaderMap, pass: bool) {
         head.remove(name);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(fields: &[(&'static str, &'static str)]) -> HeaderMap {
+        let fields = fields.iter();
+        fields.map(|(n, v)| (HeaderName::from_static(n), HeaderValue::from_static(v))).collect()
+    }
+
+    fn stranger() -> Peer {
+        Peer::new("192.0.2.7:4711".parse().unwrap(), "10.0.0.1:8080".parse().unwrap(), false)
+    }
+
+    fn proxy() -> Peer {
+        Peer::new("192.0.2.7:4711".parse().unwrap(), "10.0.0.1:8080".parse().unwrap(), true)
+    }
+
+    fn sent(original: &[(&'static str, &'static str)], peer: &Peer) -> HeaderMap {
+        let via = HeaderValue::from_static("1.1 litegate");
+        upstream(&head(original), None, peer, false, &via, &Extra::default())
+    }
+
+    fn lines<'h>(head: &'h HeaderMap, name: &str) -> Vec<&'h str> {
+        head.get_all(name).iter().map(|value| value.to_str().unwrap()).collect()
+    }
+
+    #[test]
+    fn fields_of_this_hop_stay_here() {
+        let sent = sent(
+            &[
+                ("host", "a"),
+                ("connection", "close, X-Secret"),
+                ("x-secret", "1"),
+                ("keep-alive", "timeout=5"),
+                ("te", "gzip"),
+                ("transfer-encoding", "chunked"),
+                ("upgrade", "h2c"),
+                ("http2-settings", "x"),
+                ("x-kept", "1"),
+            ],
+            &stranger(),
+        );
+        for gone in [
+            "connection",
+            "x-secret",
+            "keep-alive",
+            "te",
+            "transfer-encoding",
+            "upgrade",
+            "http2-settings",
+        ] {
+            assert!(!sent.contains_key(gone), "{gone}");
+        }
+        assert_eq!(lines(&sent, "x-kept"), ["1"]);
+    }
+
+    #[test]
+    fn connection_cannot_take_host_or_length_away() {
+        let sent = sent(
+            &[("host", "a"), ("content-length", "3"), ("connection", "host, content-length")],
+            &stranger(),
+        );
+        assert_eq!(lines(&sent, "host"), ["a"]);
+        assert_eq!(lines(&sent, "content-length"), ["3"]);
+    }
+
+    #[test]
+    fn connection_cannot_take_ours_away() {
+        let sent = sent(&[("host", "a"), ("connection", "x-forwarded-for, via")], &stranger());
+        assert_eq!(lines(&sent, "x-forwarded-for"), ["192.0.2.7"]);
+        assert_eq!(lines(&sent, "via"), ["1.1 litegate"]);
+    }
+
+    #[test]
+    fn a_stranger_cannot_say_who_it_is() {
+        let sent = sent(
+            &[
+                ("host", "abaci.one"),
+                ("x-forwarded-for", "6.6.6.6"),
+                ("forwarded", "for=6.6.6.6"),
+                ("x-real-ip", "6.6.6.6"),
+                ("x-forwarded-proto", "https"),
+                ("fly-client-ip", "6.6.6.6"),
+                ("fly-replay-src", "instance=evil;state=key"),
+                ("fly-force-instance-id", "b"),
+                ("litegate-route", "primary"),
+            ],
+            &stranger(),
+        );
+        assert_eq!(lines(&sent, "x-forwarded-for"), ["192.0.2.7"]);
+        assert_eq!(lines(&sent, "forwarded"), ["for=192.0.2.7;host=\"abaci.one\";proto=http"]);
+        assert_eq!(lines(&sent, "x-real-ip"), ["192.0.2.7"]);
+        assert_eq!(lines(&sent, "x-forwarded-proto"), ["http"]);
+        assert_eq!(lines(&sent, "x-forwarded-host"), ["abaci.one"]);
+        assert_eq!(lines(&sent, "x-forwarded-port"), ["8080"]);
+        for gone in ["fly-client-ip", "fly-replay-src", "fly-force-instance-id", "litegate-route"] {
+            assert!(!sent.contains_key(gone), "{gone}");
+        }
+    }
+
+    #[test]
+    fn a_trusted_proxy_is_believed_and_added() {
+        let sent = sent(
+            &[
+                ("host", "a"),
+                ("x-forwarded-for", "198.51.100.1"),
+                ("x-forwarded-for", "198.51.100.2"),
+                ("x-forwarded-proto", "https"),
+                ("x-forwarded-host", "abaci.one"),
+                ("fly-client-ip", "198.51.100.1"),
+            ],
+            &proxy(),
+        );
+        assert_eq!(lines(&sent, "x-forwarded-for"), ["198.51.100.1, 198.51.100.2, 192.0.2.7"]);
+        assert_eq!(lines(&sent, "x-forwarded-proto"), ["https"]);
+        assert_eq!(lines(&sent, "x-forwarded-host"), ["abaci.one"]);
+        assert_eq!(lines(&sent, "fly-client-ip"), ["198.51.100.1"]);
+    }
+
+    #[test]
+    fn repeated_fields_keep_their_lines_and_order() {
+        let sent =
+            sent(&[("host", "a"), ("cookie", "a=1"), ("x", "1"), ("cookie", "b=2")], &stranger());
+        assert_eq!(lines(&sent, "cookie"), ["a=1", "b=2"]);
+    }
+
+    #[test]
+    fn via_is_added_behind_those_of_others() {
+        let sent = sent(&[("host", "a"), ("via", "1.0 fred")], &stranger());
+        assert_eq!(lines(&sent, "via"), ["1.0 fred", "1.1 litegate"]);
+    }
+
+    #[test]
+    fn trailers_are_asked_for_where_the_client_asks() {
+        let sent = sent(&[("host", "a"), ("te", "trailers, deflate;q=0.5")], &stranger());
+        assert_eq!(lines(&sent, "te"), ["trailers"]);
+        assert_eq!(lines(&sent, "connection"), ["te"]);
+    }
+
+    #[test]
+    fn an_upgrade_travels_on_where_it_is_allowed() {
+        let original =
+            head(&[("host", "a"), ("connection", "keep-alive, Upgrade"), ("upgrade", "websocket")]);
+        assert!(wants_upgrade(&original));
+        let via = HeaderValue::from_static("1.1 litegate");
+        let sent = upstream(&original, None, &stranger(), true, &via, &Extra::default());
+        assert_eq!(lines(&sent, "upgrade"), ["websocket"]);
+        assert_eq!(lines(&sent, "connection"), ["upgrade"]);
+    }
+
+    #[test]
+    fn a_host_that_could_break_out_of_its_quotes_is_left_out() {
+        let sent = sent(&[("host", "a\";for=evil")], &stranger());
+        assert_eq!(lines(&sent, "forwarded"), ["for=192.0.2.7;proto=http"]);
+    }
+
+    #[test]
+    fn an_ipv6_peer_is_quoted_in_forwarded_and_bare_elsewhere() {
+        let peer =
+            Peer::new("[2001:db8::7]:1".parse().unwrap(), "[::1]:80".parse().unwrap(), false);
+        let sent = sent(&[("host", "a")], &peer);
+        assert_eq!(lines(&sent, "forwarded"), ["for=\"[2001:db8::7]\";host=\"a\";proto=http"]);
+        assert_eq!(lines(&sent, "x-forwarded-for"), ["2001:db8::7"]);
+    }
+
+    #[test]
+    fn no_replay_field_reaches_a_client() {
+        let via = HeaderValue::from_static("1.1 litegate");
+        let fields = [
+            ("fly-replay", "instance=b"),
+            ("fly-replay-cache", "/x/*"),
+            ("litegate-write", "1"),
+            ("connection", "close, x-hop"),
+            ("x-hop", "1"),
+            ("upgrade", "h2"),
+            ("x-kept", "1"),
+        ];
+        let mut answer = head(&fields);
+        downstream(&mut answer, false, false, &via);
+        let names: Vec<_> = answer.keys().map(HeaderName::as_str).collect();
+        assert_eq!(names.len(), 2, "{names:?}");
+        assert!(answer.contains_key("x-kept") && answer.contains_key("via"));
+        let mut passed = head(&fields);
+        downstream(&mut passed, false, true, &via);
+        assert!(passed.contains_key("fly-replay") && !passed.contains_key("litegate-write"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn nothing_a_stranger_sends_counts_as_the_edges_word(
+            fields in proptest::collection::vec(("[a-z-]{1,20}", "[ -~]{0,30}"), 0..20),
+            edge in proptest::sample::select(vec![
+                "fly-client-ip", "fly-replay-src", "fly-replay-failed", "fly-forwarded-proto",
+                "forwarded", "x-forwarded-for", "x-real-ip", "litegate-route",
+            ]),
+        ) {
+            let mut original = HeaderMap::new();
+            for (name, value) in fields {
+                if let (Ok(name), Ok(value)) = (
+                    HeaderName::from_bytes(name.as_bytes()),
+                    HeaderValue::from_str(&value),
+                ) {
+                    original.append(name, value);
+                }
+            }
+            original.insert(edge, HeaderValue::from_static("forged"));
+            let via = HeaderValue::from_static("1.1 litegate");
+            let sent = upstream(&original, None, &stranger(), false, &via, &Extra::default());
+            proptest::prop_assert!(
+                !sent.get_all(edge).iter().any(|value| value == "forged"),
+                "{edge}: {sent:?}"
+            );
+        }
+    }
+}

@@ -1,3 +1,5 @@
 //! A request becomes a response.
 mod body;
 mod headers;
+mod hold;
+mod upgrade;

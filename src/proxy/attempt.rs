@@ -1,0 +1,213 @@
+//! One try on one node: a connection, the request, the head of the answer.
+
+use std::{
+    future::poll_fn,
+    rc::Rc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use super::{
+    body::{RequestBody, Upload},
+    hold,
+};
+use crate::{
+    decide::{Failure, FailureKind, Problem},
+    server::Conn,
+    upstream::{self, Connection, Place},
+};
+
+/// How long a client that expects `100 Continue` is kept waiting for a node that says nothing:
+/// a node may not know the expectation, and RFC 9110 section 10.1.1 has the client send its body
+/// then as well.
+const CONTINUE: Duration = Duration::from_secs(1);
+
+/// A node as this worker knows it.
+pub(super) type Node = upstream::Upstream<RequestBody, super::cluster::Load>;
+
+/// A connection on which an answer is arriving, and everything that is held until it is complete.
+#[derive(Debug)]
+pub(super) struct Connected {
+    /// `None` once it was put back or given up.
+    connection: Option<Box<Connection<RequestBody>>>,
+    pub(super) node: Rc<Node>,
+    /// Kept until the answer is complete: the node is busy that long.
+    _places: Places,
+    /// The attempt began then.
+    pub(super) began: Instant,
+}
+
+/// What an attempt occupies.
+#[derive(Debug)]
+pub(super) struct Places {
+    /// On the node.
+    pub(super) node: Place,
+    /// In the primary's lane of writes.
+    pub(super) write: Option<Place>,
+    /// Among the released.
+    pub(super) held: Option<Rc<hold::Place>>,
+}
+
+impl Connected {
+    /// Lets the exchange go on.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) {
+        if let Some(connection) = &mut self.connection {
+            connection.poll_driver(cx);
+        }
+    }
+
+    /// The answer is complete: keeps the connection, if it can carry another.
+    pub(super) fn finish(&mut self, cx: &mut Context<'_>) {
+        if let Some(mut connection) = self.connection.take()
+            && connection.is_usable(cx)
+        {
+            self.node.keep(connection, Instant::now());
+        }
+    }
+
+    /// Takes the socket for a tunnel.
+    pub(super) fn into_connection(mut self) -> Option<(Box<Connection<RequestBody>>, Places)> {
+        let connection = self.connection.take()?;
+        Some((connection, self._places))
+    }
+}
+
+/// What every attempt of one request has in common.
+pub(super) struct Try<'a> {
+    /// The client's connection.
+    pub(super) conn: &'a Rc<Conn>,
+    /// The request's body, if it has one.
+    pub(super) upload: Option<&'a Upload>,
+    /// The client waits for `100 Continue`.
+    pub(super) expects_continue: bool,
+    /// The client understands interim responses.
+    pub(super) interim: bool,
+    /// `timeouts.connect`, or less where a replay says so.
+    pub(super) connect: Duration,
+    /// `timeouts.response_header`
+    pub(super) response_header: Duration,
+    /// `timeouts.idle`
+    pub(super) idle: Duration,
+    /// `limits.body_idle`
+    pub(super) body_idle: Duration,
+}
+
+/// Why an attempt brought no answer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Trouble {
+    /// With the node: `decide::next` knows what then.
+    Node(Failure),
+    /// With the client's body: there is nothing to try again.
+    Client(Problem),
+}
+
+/// Sends the request to `node`. `head` makes the message anew, since a connection from the pool
+/// may turn out to be closed before anything was written.
+pub(super) async fn run(
+    this: &Try<'_>,
+    node: &Rc<Node>,
+    places: Places,
+    mut head: impl FnMut() -> Request<()>,
+) -> Result<(Response<Incoming>, Connected), Trouble> {
+    let began = Instant::now();
+    loop {
+        let pooled = poll_fn(|cx| Poll::Ready(node.take_idle(cx, began))).await;
+        let reused = pooled.is_some();
+        let mut connection = match pooled {
+            Some(connection) => connection,
+            None => open(node, this.connect).await.map_err(Trouble::Node)?,
+        };
+        match exchange(this, &mut connection, head()).await {
+            // The node closed a kept-alive connection just then, and nothing of the request has
+            // left: not an attempt yet.
+            Err(Trouble::Node(Failure {
+                kind: FailureKind::StaleConnection,
+                written: false,
+            })) if reused => {}
+            Err(trouble) => return Err(trouble),
+            Ok(response) => {
+                let connection = Some(connection);
+                let connected =
+                    Connected { connection, node: Rc::clone(node), _places: places, began };
+                return Ok((response, connected));
+            }
+        }
+    }
+}
+
+async fn open(node: &Node, limit: Duration) -> Result<Box<Connection<RequestBody>>, Failure> {
+    match Connection::open(node.address, limit).await {
+        Ok(connection) => Ok(Box::new(connection)),
+        Err(error) => {
+            tracing::debug!(node = %node.name, address = %node.address, %error, "cannot connect");
+            Err(Failure { kind: error.kind(), written: false })
+        }
+    }
+}
+
+async fn exchange(
+    this: &Try<'_>,
+    connection: &mut Connection<RequestBody>,
+    head: Request<()>,
+) -> Result<Response<Incoming>, Trouble> {
+    let wire = connection.wire();
+    let body = match this.upload {
+        Some(upload) => upload.attempt(Rc::clone(&wire), this.expects_continue),
+        None => RequestBody::empty(),
+    };
+    let began = Instant::now();
+    let mut client = None;
+    let mut continue_at = this.expects_continue.then(|| began + CONTINUE);
+    this.conn.set_deadline(Some(continue_at.unwrap_or(began + this.response_header)));
+    let result = connection
+        .exchange(head.map(|()| body), |cx| {
+            if this.interim {
+                while let Some(head) = wire.next_interim() {
+                    this.conn.send_interim(head);
+                    // The socket is written by whoever polls the client's connection next.
+                    cx.waker().wake_by_ref();
+                }
+            }
+            if !this.conn.deadline_passed() {
+                return false;
+            }
+            let now = Instant::now();
+            if continue_at.take_if(|at| *at <= now).is_some() && !wire.continued() {
+                wire.continue_anyway();
+                cx.waker().wake_by_ref();
+            }
+            if this.upload.is_some_and(|up| up.is_starved() && up.progress() + this.body_idle <= now)
+            {
+                client = Some(Problem::BodyTimeout);
+                return true;
+            }
+            let until = this.patience(began);
+            this.conn.set_deadline(Some(until));
+            until <= now
+        })
+        .await;
+    this.conn.set_deadline(None);
+    if result.is_err() && this.upload.is_some_and(Upload::is_broken) {
+        // Its framing was wrong, or it went away: the node's side of it says nothing.
+        client = Some(Problem::Malformed);
+    }
+    match client {
+        Some(problem) => Err(Trouble::Client(problem)),
+        None => result.map_err(Trouble::Node),
+    }
+}
+
+impl Try<'_> {
+    /// Until when the node may take: to answer once it has the request, to take more of it before.
+    fn patience(&self, began: Instant) -> Instant {
+        match self.upload {
+            Some(upload) if !upload.is_complete() => upload.progress() + self.idle,
+            Some(upload) => upload.progress() + self.response_header,
+            None => began + self.response_header,
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! The answer on its way to the client: a node's, frame by frame, or one of litegate's own.
+
+use std::{
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Response, header};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use super::{account::Account, attempt::Connected};
+use crate::{decide::Problem, server::Abort};
+
+/// A response body as the client's connection sends it.
+#[derive(Debug)]
+pub struct ResponseBody {
+    source: Source,
+    account: Account,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// An answer of litegate's own.
+    Own(Option<Bytes>),
+    /// A node's.
+    Node(Box<NodeBody>),
+}
+
+/// A node's response body, with the connection that it comes over.
+#[derive(Debug)]
+struct NodeBody {
+    incoming: Incoming,
+    connected: Connected,
+    /// `timeouts.idle`
+    idle: Duration,
+    progress: Instant,
+    /// The client learns the end of the body from the end of the connection.
+    ends_with_connection: bool,
+}
+
+impl ResponseBody {
+    /// An answer of litegate's own.
+    pub fn own(body: Bytes, account: Account) -> Self {
+        Self { source: Source::Own(Some(body).filter(|body| !body.is_empty())), account }
+    }
+
+    /// What the node sends, over the connection on which its head came.
+    pub fn node(
+        incoming: Incoming,
+        connected: Connected,
+        idle: Duration,
+        ends_with_connection: bool,
+        account: Account,
+    ) -> Self {
+        let progress = Instant::now();
+        let body = NodeBody { incoming, connected, idle, progress, ends_with_connection };
+        Self { source: Source::Node(Box::new(body)), account }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = Abort;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Abort>>> {
+        let this = self.get_mut();
+        let polled = match &mut this.source {
+            Source::Own(body) => Poll::Ready(body.take().map(|body| Ok(Frame::data(body)))),
+            Source::Node(node) => node.poll_frame(cx, &this.account),
+        };
+        match &polled {
+            Poll::Ready(Some(Ok(frame))) => {
+                this.account.sent(frame.data_ref().map_or(0, Bytes::len));
+            }
+            Poll::Ready(Some(Err(Abort))) => this.account.broke_off(),
+            Poll::Ready(None) | Poll::Pending => {}
+        }
+        if this.is_end_stream() {
+            this.account.completed();
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Source::Own(body) => body.is_none(),
+            Source::Node(node) => node.incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Own(body) => SizeHint::with_exact(body.as_ref().map_or(0, |b| b.len() as u64)),
+            Source::Node(node) => node.incoming.size_hint(),
+        }
+    }
+}
+
+impl NodeBody {
+    fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+        account: &Account,
+    ) -> Poll<Option<Result<Frame<Bytes>, Abort>>> {
+        let mut polled = Pin::new(&mut self.incoming).poll_frame(cx);
+        if polled.is_pending() {
+            // Asking for a frame made hyper want one; now it may read.
+            self.connected.poll(cx);
+            polled = Pin::new(&mut self.incoming).poll_frame(cx);
+        }
+        let frame = match polled {
+            Poll::Ready(frame) => frame,
+            Poll::Pending => return self.poll_idle(account),
+        };
+        let over = match &frame {
+            Some(Ok(_)) => self.incoming.is_end_stream(),
+            Some(Err(_)) => return Poll::Ready(Some(Err(self.abort(account)))),
+            None => true,
+        };
+        if over {
+            self.connected.finish(cx);
+        } else {
+            self.progress = Instant::now();
+            account.conn().set_deadline(Some(self.progress + self.idle));
+        }
+        Poll::Ready(frame.map(|frame| frame.map_err(|_broken| Abort)))
+    }
+
+    /// Gives up when the node has sent nothing for too long.
+    fn poll_idle(&mut self, account: &Account) -> Poll<Option<Result<Frame<Bytes>, Abort>>> {
+        let conn = account.conn();
+        if conn.deadline_passed() {
+            let now = Instant::now();
+            if now >= self.progress + self.idle {
+                return Poll::Ready(Some(Err(self.abort(account))));
+            }
+            conn.set_deadline(Some(self.progress + self.idle));
+        }
+        Poll::Pending
+    }
+
+    fn abort(&self, account: &Account) -> Abort {
+        if self.ends_with_connection {
+            account.conn().must_reset();
+        }
+        Abort
+    }
+}
+
+/// How an answer of litegate's own is made for this client.
+#[derive(Debug)]
+pub struct Own<'a> {
+    /// What is wrong.
+    pub problem: Problem,
+    /// What happened, for whoever reads the answer; nothing that only operators should know.
+    pub detail: Option<&'a str>,
+    /// Whether the client is a browser.
+    pub html: bool,
+    /// This instance, for `Proxy-Status`.
+    pub instance: &'a str,
+    /// Whether the connection ends with this answer.
+    pub close: bool,
+}
+
+/// Whether the client would rather read HTML: it accepts it by name.
+pub fn prefers_html(head: &HeaderMap) -> bool {
+    head.get_all(header::ACCEPT)
+        .iter()
+        .any(|accept| accept.as_bytes().windows(9).any(|w| w.eq_ignore_ascii_case(b"text/html")))
+}
+
+impl Own<'_> {
+    /// Head and body.
+    pub fn render(&self) -> (Response<()>, Bytes) {
+        let problem = self.problem;
+        let body = if self.html { self.page() } else { self.json() };
+        let mut response = Response::new(());
+        *response.status_mut() = problem.status();
+        let head = response.headers_mut();
+        let kind = if self.html { "text/html; charset=utf-8" } else { "application/problem+json" };
+        head.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+        head.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        let status = match self.detail {
+            Some(detail) => format!(
+                "{}; error={}; details=\"{}\"",
+                self.instance,
+                problem.proxy_status(),
+                quotable(detail)
+            ),
+            None => format!("{}; error={}", self.instance, problem.proxy_status()),
+        };
+        if let Ok(status) = HeaderValue::from_str(&status) {
+            head.insert("proxy-status", status);
+        }
+        if let Some(seconds) = problem.retry_after() {
+            head.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.close || problem.closes() {
+            head.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        head.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+        (response, body)
+    }
+
+    fn json(&self) -> Bytes {
+        let problem = self.problem;
+        let mut body = serde_json::json!({
+            "type": format!("https://litegate.dev/problems/{}", problem.as_str()),
+            "title": problem.title(),
+            "status": problem.status().as_u16(),
+            "detail": problem.detail(),
+            "error": problem.as_str(),
+            "fault": problem.fault().as_str(),
+        });
+        if let Some(seconds) = problem.retry_after() {
+            body["retry_after"] = seconds.into();
+        }
+        let mut body = body.to_string().into_bytes();
+        body.push(b'\n');
+        body.into()
+    }
+
+    fn page(&self) -> Bytes {
+        let problem = self.problem;
+        // Every text here is a constant of the table in `decide/problem.rs`: nothing to escape.
+        format!(
+            "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" \
+             content=\"width=device-width\"><title>{status} {title}</title><style>body{{font:\
+             1.1rem/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem;\
+             color-scheme:light dark}}small{{opacity:.7}}</style><h1>{title}</h1><p>{detail}</p>\
+             <p><small>{status} · {fault} · {word} · litegate</small></p></html>\n",
+            status = problem.status().as_u16(),
+            title = problem.title(),
+            detail = problem.detail(),
+            fault = problem.fault().sentence(),
+            word = problem.as_str(),
+        )
+        .into()
+    }
+}
+
+/// What can stand in a quoted string of a structured field (RFC 8941 section 3.3.3).
+fn quotable(text: &str) -> String {
+    text.chars().filter(|c| (' '..='~').contains(c) && *c != '"' && *c != '\\').collect()
+}
