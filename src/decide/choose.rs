@@ -1,1 +1,529 @@
-//! stub
+//! Which node, or that the request has to wait.
+//!
+//! A write goes to the primary of the snapshot, a read to the cheapest node of the best tier that
+//! has one: fresh replicas, then the primary (where `reads` lets it), then replicas over the soft
+//! lag limit, then nodes of which nothing is known. Ejections are overlooked where they would
+//! leave nobody: a proxy that refuses everything helps nobody. A replica over `max_lag` serves
+//! only while nobody is primary: then nothing newer is being acknowledged anywhere, and the
+//! alternative is no reads at all.
+
+use std::time::{Duration, Instant};
+
+use smallvec::SmallVec;
+
+use super::{
+    Class, History, HoldFor, Problem, Request, Target, Wanted,
+    balance::{self, Candidate, Load},
+};
+use crate::{
+    config::cluster::{Cluster, Prefer, Reads},
+    topology::{Freshness, Node, NodeId, Presence, Role, Topology},
+};
+
+/// What the operator wants of choices.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// Who serves reads.
+    pub reads: Reads,
+    /// Whether the node beside us goes first.
+    pub prefer: Prefer,
+    /// Among equals.
+    pub balance: balance::Rules,
+}
+
+impl Rules {
+    /// Those of one cluster.
+    pub fn of(cluster: &Cluster) -> Self {
+        Self {
+            reads: cluster.reads,
+            prefer: cluster.prefer,
+            balance: balance::Rules { balance: cluster.balance, slow_start: cluster.slow_start },
+        }
+    }
+}
+
+/// What is done next.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Choice {
+    /// Ask the node at this place of the snapshot.
+    Node {
+        /// Its place.
+        index: usize,
+        /// Why it.
+        why: Why,
+    },
+    /// Wait.
+    Hold(HoldFor),
+}
+
+/// Why a node was chosen.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Why {
+    /// It is the primary, and this is a write.
+    Primary,
+    /// The cheapest fresh replica.
+    Replica,
+    /// The one beside us.
+    Local,
+    /// The primary, since no replica can serve, or every node may.
+    PrimaryReads,
+    /// Behind, but nobody better is there.
+    Behind,
+    /// Nothing is known of its role.
+    Unknown,
+    /// Ejected or too far behind, but nobody else is there.
+    LastResort,
+    /// A `fly-replay` answer names it.
+    Replay,
+    /// A trusted peer names it.
+    Asked,
+}
+
+impl Why {
+    /// The word for logs and `explain`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Primary => "primary",
+            Self::Replica => "replica",
+            Self::Local => "local",
+            Self::PrimaryReads => "primary-reads",
+            Self::Behind => "behind",
+            Self::Unknown => "unknown-role",
+            Self::LastResort => "last-resort",
+            Self::Replay => "replay",
+            Self::Asked => "asked",
+        }
+    }
+}
+
+/// How long a request waits for news of a node that is named but can't be asked.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Chooses. `loads` are in the order of the snapshot's nodes; `chance` is a random number.
+///
+/// # Errors
+/// [`Problem::NoReader`], [`Problem::UnknownNode`].
+pub fn choose(
+    request: &Request,
+    topology: &Topology,
+    history: &History,
+    rules: &Rules,
+    loads: &[Load],
+    chance: u64,
+    now: Instant,
+) -> Result<Choice, Problem> {
+    let view = View { topology, history, rules, loads, chance, now };
+    if let Some(target) = history.target {
+        return view.target(request, target);
+    }
+    match (request.class, request.wanted) {
+        (Class::Write, _) => Ok(view.primary(Why::Primary)),
+        (Class::Read, Wanted::Primary) => Ok(view.primary(Why::Asked)),
+        (Class::Read, Wanted::Node(id)) => {
+            let index = view.place(id).ok_or(Problem::UnknownNode)?;
+            Ok(Choice::Node { index, why: Why::Asked })
+        }
+        (Class::Read, Wanted::Replica) => view.reader(Reads::Replicas),
+        (Class::Read, Wanted::Any) => view.reader(rules.reads),
+    }
+}
+
+struct View<'a> {
+    topology: &'a Topology,
+    history: &'a History,
+    rules: &'a Rules,
+    loads: &'a [Load],
+    chance: u64,
+    now: Instant,
+}
+
+impl View<'_> {
+    fn place(&self, id: NodeId) -> Option<usize> {
+        self.topology.nodes.iter().position(|node| node.id == id)
+    }
+
+    fn primary(&self, why: Why) -> Choice {
+        match self.topology.primary.and_then(|id| self.place(id)) {
+            Some(index) => Choice::Node { index, why },
+            None => Choice::Hold(HoldFor::Primary),
+        }
+    }
+
+    /// Where a `fly-replay` answer sends it.
+    fn target(&self, request: &Request, target: Target) -> Result<Choice, Problem> {
+        let node = |index| Choice::Node { index, why: Why::Replay };
+        match target {
+            Target::Primary => Ok(self.primary(Why::Replay)),
+            // It was listed a moment ago: what became of it is news to wait for.
+            Target::Node(id) => {
+                Ok(self.place(id).map_or(Choice::Hold(HoldFor::Pause(PAUSE)), node))
+            }
+            Target::Prefer(id) => match self.place(id).filter(|i| self.is_well(*i)) {
+                Some(index) => Ok(node(index)),
+                None => self.anyone(request, false),
+            },
+            Target::Any => self.anyone(request, false),
+            Target::Elsewhere => self.anyone(request, true),
+        }
+    }
+
+    fn is_well(&self, index: usize) -> bool {
+        self.topology.nodes.get(index).is_some_and(|node| node.is_healthy(self.now))
+    }
+
+    /// Any healthy node, by a node's own wish.
+    fn anyone(&self, request: &Request, elsewhere: bool) -> Result<Choice, Problem> {
+        let picked =
+            self.pick(|node| node.is_healthy(self.now) && (!elsewhere || !self.tried(node)));
+        match picked {
+            Some(index) => Ok(Choice::Node { index, why: Why::Replay }),
+            None if request.class == Class::Write => Ok(Choice::Hold(HoldFor::Pause(PAUSE))),
+            None => Err(Problem::NoReader),
+        }
+    }
+
+    fn reader(&self, reads: Reads) -> Result<Choice, Problem> {
+        let all = reads == Reads::All;
+        let primary_may = matches!(reads, Reads::PreferReplicas | Reads::All);
+        let leaderless = self.topology.primary.is_none();
+        let is = |role: Role| move |node: &Node| node.role == role;
+        let (replica, primary, unknown) = (is(Role::Replica), is(Role::Primary), is(Role::Unknown));
+        if reads == Reads::Primary {
+            return Ok(self.primary(Why::PrimaryReads));
+        }
+        let well = |node: &Node| node.is_healthy(self.now);
+        let fresh = |node: &Node| node.freshness == Freshness::Fresh;
+        let near = |node: &Node| node.freshness != Freshness::TooFar;
+        let tiers: [(Why, &dyn Fn(&Node) -> bool); 7] = [
+            (Why::Local, &|n| {
+                self.rules.prefer == Prefer::Local
+                    && n.local
+                    && (replica(n) || (all && primary(n)))
+                    && well(n)
+                    && fresh(n)
+            }),
+            (Why::Replica, &|n| (replica(n) || (all && primary(n))) && well(n) && fresh(n)),
+            (Why::PrimaryReads, &|n| primary_may && primary(n) && well(n)),
+            (Why::Behind, &|n| replica(n) && well(n) && near(n)),
+            (Why::Unknown, &|n| unknown(n) && well(n)),
+            (Why::LastResort, &|n| (replica(n) || unknown(n) || primary_may) && near(n)),
+            (Why::LastResort, &|_| leaderless),
+        ];
+        // Nodes that this request has not tried, then, if there is no other, one that it has.
+        for again in [false, true] {
+            for (why, tier) in &tiers {
+                let picked = self.pick(|node| tier(node) && (again || !self.tried(node)));
+                if let Some(index) = picked {
+                    return Ok(Choice::Node { index, why: *why });
+                }
+            }
+        }
+        Err(Problem::NoReader)
+    }
+
+    fn tried(&self, node: &Node) -> bool {
+        self.history.attempts.iter().any(|attempt| attempt.node == node.id)
+    }
+
+    /// The cheapest member for whom `fits` holds; one with a free place, if there is one.
+    fn pick(&self, fits: impl Fn(&Node) -> bool) -> Option<usize> {
+        let mut candidates = SmallVec::<[Candidate<'_>; 8]>::new();
+        let mut full = SmallVec::<[Candidate<'_>; 8]>::new();
+        for (index, node) in self.topology.nodes.iter().enumerate() {
+            if node.presence != Presence::Member || !fits(node) {
+                continue;
+            }
+            let load = self.loads.get(index).copied().unwrap_or_default();
+            let candidate = Candidate { index, node, load };
+            if load.full { &mut full } else { &mut candidates }.push(candidate);
+        }
+        let candidates = if candidates.is_empty() { full } else { candidates };
+        balance::pick(&candidates, &self.rules.balance, self.chance, self.now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        config::cluster::Balance,
+        decide::{Attempt, Because, Cause, Ended, Failure, FailureKind},
+        topology::eject,
+    };
+
+    const A: NodeId = NodeId(1);
+    const B: NodeId = NodeId(2);
+    const C: NodeId = NodeId(3);
+
+    fn rules(reads: Reads) -> Rules {
+        let balance = balance::Rules { balance: Balance::PeakEwma, slow_start: Duration::ZERO };
+        Rules { reads, prefer: Prefer::Any, balance }
+    }
+
+    fn node(id: NodeId, role: Role) -> Node {
+        Node {
+            id,
+            name: format!("n{}", id.0).into(),
+            address: "127.0.0.1:1".parse().unwrap(),
+            role,
+            presence: Presence::Member,
+            lag: None,
+            freshness: Freshness::Fresh,
+            record: eject::Record::default(),
+            probed_healthy: true,
+            admitted: None,
+            local: false,
+        }
+    }
+
+    /// A is primary, B and C are replicas.
+    fn healthy() -> Topology {
+        Topology {
+            primary: Some(A),
+            nodes: vec![node(A, Role::Primary), node(B, Role::Replica), node(C, Role::Replica)],
+            ..Topology::default()
+        }
+    }
+
+    fn with(change: impl FnOnce(&mut Topology)) -> Topology {
+        let mut topology = healthy();
+        change(&mut topology);
+        topology
+    }
+
+    fn leaderless() -> Topology {
+        with(|t| {
+            t.primary = None;
+            t.nodes.remove(0);
+        })
+    }
+
+    fn request(class: Class) -> Request {
+        Request { class, because: Because::Method, idempotent: false, wanted: Wanted::Any }
+    }
+
+    fn tried(nodes: &[NodeId]) -> History {
+        let failed = Failure { kind: FailureKind::Closed, written: true };
+        let attempt = |node| Attempt {
+            node,
+            role: Role::Replica,
+            cause: Cause::First,
+            ended: Ended::Failed(failed),
+        };
+        History { attempts: nodes.iter().copied().map(attempt).collect(), ..History::default() }
+    }
+
+    fn chosen(
+        class: Class,
+        topology: &Topology,
+        history: &History,
+        reads: Reads,
+        chance: u64,
+    ) -> Result<Result<(NodeId, Why), HoldFor>, Problem> {
+        let choice =
+            choose(&request(class), topology, history, &rules(reads), &[], chance, Instant::now());
+        choice.map(|choice| match choice {
+            Choice::Node { index, why } => Ok((topology.nodes[index].id, why)),
+            Choice::Hold(hold) => Err(hold),
+        })
+    }
+
+    #[test]
+    fn chooses() {
+        let stale = |t: &mut Topology, i: usize, f| t.nodes[i].freshness = f;
+        let none = History::default();
+        for (case, class, topology, history, reads, want) in [
+            (
+                "a write goes to the primary",
+                Class::Write,
+                healthy(),
+                none.clone(),
+                Reads::PreferReplicas,
+                Ok(Ok((A, Why::Primary))),
+            ),
+            (
+                "a write waits while nobody is primary",
+                Class::Write,
+                leaderless(),
+                none.clone(),
+                Reads::PreferReplicas,
+                Ok(Err(HoldFor::Primary)),
+            ),
+            (
+                "a read goes on without a primary",
+                Class::Read,
+                with(|t| {
+                    t.primary = None;
+                    t.nodes.truncate(2);
+                    t.nodes.remove(0);
+                }),
+                none.clone(),
+                Reads::PreferReplicas,
+                Ok(Ok((B, Why::Replica))),
+            ),
+            (
+                "a read never tries a node twice while there is another",
+                Class::Read,
+                healthy(),
+                tried(&[B]),
+                Reads::PreferReplicas,
+                Ok(Ok((C, Why::Replica))),
+            ),
+            (
+                "the primary reads when no replica can",
+                Class::Read,
+                healthy(),
+                tried(&[B, C]),
+                Reads::PreferReplicas,
+                Ok(Ok((A, Why::PrimaryReads))),
+            ),
+            (
+                "a replica over the soft limit comes after the primary",
+                Class::Read,
+                with(|t| {
+                    stale(t, 1, Freshness::Behind);
+                    stale(t, 2, Freshness::Behind);
+                }),
+                none.clone(),
+                Reads::PreferReplicas,
+                Ok(Ok((A, Why::PrimaryReads))),
+            ),
+            (
+                "a replica over max_lag serves nothing",
+                Class::Read,
+                with(|t| {
+                    stale(t, 1, Freshness::TooFar);
+                    stale(t, 2, Freshness::TooFar);
+                }),
+                none.clone(),
+                Reads::Replicas,
+                Err(Problem::NoReader),
+            ),
+            (
+                "unless nobody is primary",
+                Class::Read,
+                with(|t| {
+                    t.primary = None;
+                    t.nodes = vec![node(B, Role::Replica)];
+                    stale(t, 0, Freshness::TooFar);
+                }),
+                none.clone(),
+                Reads::Replicas,
+                Ok(Ok((B, Why::LastResort))),
+            ),
+            (
+                "the only reader is tried again",
+                Class::Read,
+                with(|t| t.nodes.truncate(2)),
+                tried(&[B]),
+                Reads::Replicas,
+                Ok(Ok((B, Why::Replica))),
+            ),
+            (
+                "ejection is overlooked when it would leave nobody",
+                Class::Read,
+                with(|t| {
+                    t.nodes[1].probed_healthy = false;
+                    t.nodes.truncate(2);
+                }),
+                none.clone(),
+                Reads::Replicas,
+                Ok(Ok((B, Why::LastResort))),
+            ),
+            (
+                "a draining node gets nothing new",
+                Class::Read,
+                with(|t| {
+                    t.nodes[1].presence = Presence::Draining;
+                }),
+                none,
+                Reads::Replicas,
+                Ok(Ok((C, Why::Replica))),
+            ),
+        ] {
+            assert_eq!(chosen(class, &topology, &history, reads, 7), want, "{case}");
+        }
+    }
+
+    #[test]
+    fn the_node_beside_us_goes_first_where_it_may() {
+        let topology = with(|t| t.nodes[2].local = true);
+        let local = Rules { prefer: Prefer::Local, ..rules(Reads::PreferReplicas) };
+        for chance in [0, u64::MAX, 1 << 31] {
+            let choice = choose(
+                &request(Class::Read),
+                &topology,
+                &History::default(),
+                &local,
+                &[],
+                chance,
+                Instant::now(),
+            );
+            assert_eq!(choice, Ok(Choice::Node { index: 2, why: Why::Local }));
+        }
+    }
+
+    #[test]
+    fn the_less_loaded_of_two_is_taken() {
+        let load = |in_flight| Load { in_flight, latency: 0.01, ..Load::default() };
+        let loads = [load(0), load(9), load(1)];
+        for chance in 0..64u64 {
+            let choice = choose(
+                &request(Class::Read),
+                &healthy(),
+                &History::default(),
+                &rules(Reads::PreferReplicas),
+                &loads,
+                chance << 26,
+                Instant::now(),
+            );
+            assert_eq!(choice, Ok(Choice::Node { index: 2, why: Why::Replica }), "{chance}");
+        }
+    }
+
+    fn any_node() -> impl Strategy<Value = (u8, u8, bool, bool)> {
+        (0..3u8, 0..3u8, any::<bool>(), any::<bool>())
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_cluster_looks_like(
+            shape in proptest::collection::vec(any_node(), 0..6),
+            has_primary: bool, write: bool, chance: u64, reads in 0..4u8, was_tried in 0..6u64,
+        ) {
+            let mut topology = Topology::default();
+            for (n, (role, fresh, member, well)) in shape.into_iter().enumerate() {
+                let role = [Role::Replica, Role::Unknown, Role::Primary][usize::from(role)];
+                let role = if role == Role::Primary && (!has_primary || topology.primary.is_some())
+                    { Role::Replica } else { role };
+                let mut node = node(NodeId(n as u64), role);
+                node.presence = if member || role == Role::Primary { Presence::Member } else { Presence::Draining };
+                node.freshness = [Freshness::Fresh, Freshness::Behind, Freshness::TooFar][usize::from(fresh)];
+                node.probed_healthy = well;
+                if role == Role::Primary { topology.primary = Some(node.id); }
+                topology.nodes.push(node);
+            }
+            let reads = [Reads::PreferReplicas, Reads::Replicas, Reads::All, Reads::Primary][usize::from(reads)];
+            let class = if write { Class::Write } else { Class::Read };
+            let result = chosen(class, &topology, &tried(&[NodeId(was_tried)]), reads, chance);
+            match result {
+                Ok(Ok((id, why))) => {
+                    let node = topology.node(id).unwrap();
+                    prop_assert!(node.presence == Presence::Member);
+                    if write { prop_assert_eq!(topology.primary, Some(id)); }
+                    if !write && node.freshness == Freshness::TooFar && why != Why::PrimaryReads {
+                        prop_assert!(topology.primary.is_none() || reads == Reads::All);
+                    }
+                }
+                Ok(Err(hold)) => {
+                    prop_assert!(write || reads == Reads::Primary);
+                    prop_assert_eq!(hold, HoldFor::Primary);
+                    prop_assert!(topology.primary.is_none());
+                }
+                Err(problem) => prop_assert!(!write && problem == Problem::NoReader),
+            }
+        }
+    }
+}
