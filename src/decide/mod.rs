@@ -88,8 +88,14 @@ pub struct History {
     pub hops: u32,
     /// Where the next attempt has to go, by a `fly-replay` answer.
     pub target: Option<Target>,
-    /// Whether the next attempt is the fallback of a failed replay: that may not replay again.
-    pub fallback: bool,
+    /// To whom the request goes back if the replay's target can't be reached.
+    pub fallback: Option<(NodeId, replay::Fallback)>,
+    /// The current attempt is that way back: it may not replay again.
+    pub fell_back: bool,
+    /// Pauses so far: each is longer than the one before.
+    pub pauses: u32,
+    /// What a hold that expires now is answered with, if it is not for want of a primary.
+    pub expired: Option<Problem>,
 }
 
 /// One try on one node.
