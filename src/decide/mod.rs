@@ -184,3 +184,41 @@ pub enum HoldFor {
     /// Nobody can be asked right now; at most this long, then choose again.
     Pause(Duration),
 }
+
+impl FailureKind {
+    /// The word for logs and metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::ConnectRefused => "connect_refused",
+            Self::ConnectTimeout => "connect_timeout",
+            Self::NodeFull => "node_full",
+            Self::StaleConnection => "stale_connection",
+            Self::Closed => "closed",
+            Self::ResponseTimeout => "response_timeout",
+            Self::BadResponse => "bad_response",
+        }
+    }
+}
+
+impl Because {
+    /// The word for logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Method => "method",
+            Self::Route => "route",
+            Self::Upgrade => "upgrade",
+            Self::Asked => "asked",
+        }
+    }
+}
+
+impl Cause {
+    /// The word for logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::First => "first",
+            Self::Replay => "replay",
+            Self::Retry => "retry",
+        }
+    }
+}

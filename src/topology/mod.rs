@@ -247,6 +247,86 @@ pub enum Saw {
     },
 }
 
+/// What the reconciler came to believe, one thing at a time: for logs and metrics.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// Another primary, or the first.
+    Primary {
+        /// The one before.
+        from: Option<Arc<str>>,
+        /// The one now.
+        to: Arc<str>,
+        /// The new term.
+        term: u64,
+        /// How long nobody was primary in between.
+        gap: Duration,
+    },
+    /// Nobody is primary now.
+    PrimaryLost {
+        /// Who was.
+        from: Arc<str>,
+        /// Why.
+        why: PrimaryGap,
+    },
+    /// Two nodes claim to be primary and nothing tells which claim is newer.
+    SplitBrain {
+        /// Who.
+        claimants: Vec<Arc<str>>,
+    },
+    /// A node is listed that was not.
+    Joined {
+        /// Its name.
+        node: Arc<str>,
+        /// Where it is.
+        address: SocketAddr,
+    },
+    /// A node is no longer listed: it drains.
+    Left {
+        /// Its name.
+        node: Arc<str>,
+    },
+    /// A node is another process than before.
+    Restarted {
+        /// Its name.
+        node: Arc<str>,
+    },
+    /// A node belongs to another cluster and gets nothing.
+    Refused {
+        /// Its name.
+        node: Arc<str>,
+        /// The cluster it belongs to.
+        cluster: Arc<str>,
+    },
+    /// A node was taken out of balancing.
+    Ejected {
+        /// Its name.
+        node: Arc<str>,
+    },
+    /// A node's lag crossed a limit.
+    Lag {
+        /// Its name.
+        node: Arc<str>,
+        /// On which side it is now.
+        freshness: Freshness,
+    },
+    /// A node's active probe fails or passes again.
+    Probed {
+        /// Its name.
+        node: Arc<str>,
+        /// Whether it passes.
+        healthy: bool,
+    },
+    /// The members could not be listed (`true`), or can be again.
+    Stale(bool),
+    /// A name for an address was learned.
+    Named {
+        /// The name.
+        node: Arc<str>,
+        /// The address.
+        address: SocketAddr,
+    },
+}
+
 /// How a source names a primary.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum PrimaryName {
