@@ -1,8 +1,95 @@
 //! Finds a member by whatever a node or an operator calls it.
 
+use std::net::{IpAddr, SocketAddr};
+
 use super::Node;
 
-/// The node that goes by `name`.
+/// The node that goes by `name`: the stronger kind of likeness wins, and where two nodes are
+/// alike by it, neither is meant.
 pub(super) fn find<'n>(nodes: &'n [Node], name: &str) -> Option<&'n Node> {
-    nodes.iter().find(|node| &*node.name == name)
+    let bare = without_port(name);
+    let ip = bare.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
+    let socket = name.parse::<SocketAddr>().ok();
+    let label = bare.split('.').next().unwrap_or(bare);
+    let kinds: [&dyn Fn(&Node) -> bool; 6] = [
+        &|node| &*node.name == name,
+        &|node| node.name.eq_ignore_ascii_case(name),
+        &|node| node.name.eq_ignore_ascii_case(bare),
+        &|node| socket == Some(node.address),
+        &|node| ip == Some(node.address.ip()),
+        // An address has dots too, but no labels.
+        &|node| ip.is_none() && first_label(&node.name).eq_ignore_ascii_case(label),
+    ];
+    kinds.iter().find_map(|is_alike| {
+        let mut alike = nodes.iter().filter(|node| is_alike(node));
+        alike.next().filter(|_| alike.next().is_none())
+    })
+}
+
+fn first_label(name: &str) -> &str {
+    name.split('.').next().unwrap_or(name)
+}
+
+/// `a` of `a:1`; an IPv6 address without brackets has no port.
+fn without_port(name: &str) -> &str {
+    match name.rsplit_once(':') {
+        Some((host, port))
+            if port.bytes().all(|b| b.is_ascii_digit())
+                && (!host.contains(':') || host.ends_with(']')) =>
+        {
+            host
+        }
+        _ => name,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topology::{Freshness, NodeId, Presence, Role, eject};
+
+    fn node(id: u64, name: &str, address: &str) -> Node {
+        Node {
+            id: NodeId(id),
+            name: name.into(),
+            address: address.parse().unwrap(),
+            role: Role::Unknown,
+            presence: Presence::Member,
+            lag: None,
+            freshness: Freshness::Fresh,
+            record: eject::Record::default(),
+            probed_healthy: true,
+            admitted: None,
+            local: false,
+        }
+    }
+
+    #[test]
+    fn nodes_go_by_many_names() {
+        let nodes = [
+            node(1, "abaci-app-0", "10.0.0.1:80"),
+            node(2, "abaci-app-1", "[fd00::1]:80"),
+            node(3, "x.one", "10.0.0.3:80"),
+            node(4, "x.two", "10.0.0.3:81"),
+        ];
+        for (name, want) in [
+            ("abaci-app-0", Some(1)),
+            ("ABACI-app-0", Some(1)),
+            ("abaci-app-0:20202", Some(1)),
+            ("abaci-app-1.abaci.default.svc.cluster.local", Some(2)),
+            ("10.0.0.1", Some(1)),
+            ("10.0.0.1:20202", Some(1)),
+            ("[fd00::1]:20202", Some(2)),
+            ("fd00::1", Some(2)),
+            ("10.0.0.3:81", Some(4)),
+            ("10.0.0.3", None),
+            ("x", None),
+            ("x.one", Some(3)),
+            ("abaci-app-2", None),
+            ("evil.example", None),
+            ("", None),
+        ] {
+            assert_eq!(find(&nodes, name).map(|node| node.id.0), want, "{name}");
+        }
+    }
 }
