@@ -1,1 +1,290 @@
-//! (to come)
+//! What is seen of a cluster, and the task that draws conclusions from it.
+//!
+//! Sources only report; [`State`] believes. One task per cluster folds observations and publishes
+//! snapshots. The data plane reports through the same channel.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Notify, mpsc},
+    task::{JoinHandle, JoinSet},
+    time::{Instant, sleep_until},
+};
+
+use crate::{
+    config::cluster::{Cluster, Members, Prefer, RoleSource},
+    topology::{
+        Change, Member, Observation, Presence, PrimaryName, Saw, Source, Topology, eject,
+        reconcile::{Rules, State},
+        watch,
+    },
+};
+
+mod dns;
+mod roles;
+
+/// Observations that wait to be folded. More are dropped and counted: newer ones follow.
+const WAITING: usize = 1024;
+
+/// A cluster under observation, until dropped.
+#[derive(Debug)]
+pub struct Discovery {
+    /// What is believed.
+    pub reader: watch::Reader,
+    /// Tells discovery something.
+    pub observer: Observer,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Discovery {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// How the data plane tells discovery something.
+#[derive(Clone, Debug)]
+pub struct Observer {
+    sender: mpsc::Sender<Observation>,
+    dropped: Arc<AtomicU64>,
+    refresh: Arc<Notify>,
+}
+
+impl Observer {
+    /// Reports. Never waits: over the bound the observation is dropped and counted.
+    pub fn observe(&self, saw: Saw, source: Source) {
+        let at = Instant::now().into_std();
+        if self.sender.try_send(Observation { saw, source, at }).is_err() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Asks for the members to be listed anew, soon.
+    pub fn refresh_members(&self) {
+        self.refresh.notify_one();
+    }
+
+    /// Observations dropped so far.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+}
+
+/// Starts to observe a cluster, on the runtime that this is called on. `seed` is what an earlier
+/// configuration believed; `hostname` the pod beside us.
+pub fn start(
+    cluster: &Cluster,
+    seed: Option<&Topology>,
+    hostname: Option<Arc<str>>,
+    on_change: impl Fn(&Change) + Send + 'static,
+) -> Discovery {
+    let rules = Rules {
+        max_lag: cluster.max_lag,
+        soft_lag: cluster.soft_lag,
+        eject: eject::Rules {
+            after: cluster.health.eject_after,
+            base: cluster.health.eject_base,
+            max: cluster.health.eject_longest,
+        },
+        eject_max: cluster.health.eject_max,
+        local: hostname.filter(|_| cluster.prefer == Prefer::Local),
+    };
+    let state = State::new(rules, seed);
+    let (publisher, reader) = watch::channel(state.topology().clone());
+    let (sender, seen) = mpsc::channel(WAITING);
+    let observer = Observer { sender, dropped: Arc::default(), refresh: Arc::new(Notify::new()) };
+    let folding = Fold {
+        cluster: cluster.clone(),
+        observer: observer.clone(),
+        state,
+        publisher,
+        watched: HashMap::new(),
+        sources: JoinSet::new(),
+    };
+    let task = tokio::spawn(folding.run(seen, on_change));
+    Discovery { reader, observer, task }
+}
+
+/// The one task that believes.
+struct Fold {
+    cluster: Cluster,
+    observer: Observer,
+    state: State,
+    publisher: watch::Publisher,
+    /// The sources of each member: they end with it.
+    watched: HashMap<SocketAddr, JoinSet<()>>,
+    sources: JoinSet<()>,
+}
+
+impl Fold {
+    async fn run(
+        mut self,
+        mut seen: mpsc::Receiver<Observation>,
+        on_change: impl Fn(&Change) + Send,
+    ) {
+        self.start_sources();
+        loop {
+            let never = Instant::now() + Duration::from_secs(3600);
+            let deadline = self.state.deadline().map_or(never, Instant::from_std);
+            let observation = tokio::select! {
+                observation = seen.recv() => match observation {
+                    Some(observation) => Some(observation),
+                    None => return,
+                },
+                () = sleep_until(deadline) => None,
+            };
+            let generation = self.state.topology().generation;
+            let now = Instant::now().into_std();
+            let changes = self.state.observe(observation.as_ref(), now);
+            for change in &changes {
+                record(&self.cluster.name, change);
+                on_change(change);
+            }
+            if let Some(Observation { saw: Saw::Failed { connect: true, .. }, .. }) = observation {
+                self.observer.refresh_members();
+            }
+            if let Some(Observation { saw: Saw::PrimaryHint(name), .. }) = &observation {
+                self.look_up(name);
+            }
+            if self.state.topology().generation != generation {
+                self.watch_members();
+                self.publisher.publish(self.state.topology().clone());
+            }
+        }
+    }
+
+    fn start_sources(&mut self) {
+        let observer = &self.observer;
+        match &self.cluster.members {
+            Members::Static(nodes) => {
+                let members = nodes.iter().map(|node| Member {
+                    address: node.address,
+                    name: Some(Arc::clone(&node.name)),
+                });
+                observer.observe(Saw::Members(members.collect()), Source::Members);
+            }
+            Members::Dns(lookup) => {
+                let (lookup, port) = (lookup.clone(), self.cluster.port);
+                self.sources.spawn(dns::members(lookup, Some(port), observer.clone()));
+            }
+            Members::Srv(lookup) => {
+                self.sources.spawn(dns::members(lookup.clone(), None, observer.clone()));
+            }
+        }
+        for source in &self.cluster.primary {
+            match source {
+                RoleSource::Litefs { .. } => {}
+                RoleSource::Instance { name } => {
+                    let name = PrimaryName::Instance(Arc::clone(name));
+                    observer.observe(Saw::PrimaryIs(Some(name)), Source::Instance);
+                }
+                RoleSource::Dns(lookup) => {
+                    self.sources.spawn(dns::primary(lookup.clone(), observer.clone()));
+                }
+            }
+        }
+    }
+
+    /// Starts the sources of new members and ends those of departed ones.
+    fn watch_members(&mut self) {
+        let topology = self.state.topology();
+        self.watched.retain(|address, _| topology.nodes.iter().any(|n| n.address == *address));
+        for node in topology.nodes.iter().filter(|n| n.presence == Presence::Member) {
+            let address = node.address;
+            if self.watched.contains_key(&address) {
+                continue;
+            }
+            let mut tasks = JoinSet::new();
+            for source in &self.cluster.primary {
+                if let RoleSource::Litefs { port, poll } = source {
+                    let api = self.api(address, *port);
+                    tasks.spawn(roles::litefs(address, api, *poll, self.observer.clone()));
+                    tasks.spawn(roles::litefs_events(address, api, self.observer.clone()));
+                    tasks.spawn(roles::litefs_lag(address, api, self.observer.clone()));
+                }
+            }
+            if let Some(path) = &self.cluster.health.path {
+                let health = &self.cluster.health;
+                tasks.spawn(roles::probe(
+                    address,
+                    path.clone(),
+                    health.interval,
+                    health.timeout,
+                    self.observer.clone(),
+                ));
+            }
+            if let Members::Dns(lookup) = &self.cluster.members {
+                tasks.spawn(dns::name_of(lookup.clone(), address, self.observer.clone()));
+            }
+            self.watched.insert(address, tasks);
+        }
+    }
+
+    /// Where a member's LiteFS API is.
+    fn api(&self, member: SocketAddr, port: u16) -> SocketAddr {
+        let written = match &self.cluster.members {
+            Members::Static(nodes) => nodes.iter().find(|node| node.address == member),
+            _ => None,
+        };
+        written.and_then(|node| node.api).unwrap_or_else(|| SocketAddr::new(member.ip(), port))
+    }
+
+    /// Under `dns` members have no names; one that somebody uses can be looked up.
+    fn look_up(&mut self, name: &Arc<str>) {
+        if let Members::Dns(lookup) = &self.cluster.members
+            && self.state.topology().named(name).is_none()
+        {
+            let members = self.state.topology().nodes.iter().map(|n| n.address).collect();
+            while self.sources.try_join_next().is_some() {}
+            self.sources.spawn(dns::address_of(
+                lookup.clone(),
+                Arc::clone(name),
+                members,
+                self.observer.clone(),
+            ));
+        }
+    }
+}
+
+/// Says once what changed.
+fn record(cluster: &str, change: &Change) {
+    use tracing::{error, info, warn};
+    match change {
+        Change::Primary { from, to, term, gap } => {
+            let (from, gap_ms) = (from.as_deref().unwrap_or("-"), gap.as_millis());
+            info!(cluster, from, %to, term, gap_ms, "primary changed");
+        }
+        Change::PrimaryLost { from, why } => warn!(cluster, %from, ?why, "no primary: writes wait"),
+        Change::SplitBrain { claimants } => {
+            error!(cluster, ?claimants, "two nodes claim to be primary: writes wait");
+        }
+        Change::Joined { node, address } => info!(cluster, %node, %address, "node joined"),
+        Change::Left { node } => info!(cluster, %node, "node left, drains"),
+        Change::Restarted { node } => info!(cluster, %node, "node restarted"),
+        Change::Refused { node, cluster: other } => {
+            error!(cluster, %node, %other, "node belongs to another cluster: gets nothing");
+        }
+        Change::Ejected { node } => warn!(cluster, %node, "node ejected"),
+        Change::Lag { node, freshness } => warn!(cluster, %node, ?freshness, "lag crossed a limit"),
+        Change::Probed { node, healthy: true } => info!(cluster, %node, "probe passes again"),
+        Change::Probed { node, healthy: false } => warn!(cluster, %node, "probe fails"),
+        Change::Stale(true) => {
+            warn!(cluster, "members cannot be listed: going on with the last ones");
+        }
+        Change::Stale(false) => info!(cluster, "members can be listed again"),
+        Change::Named { node, address } => info!(cluster, %node, %address, "node has a name"),
+    }
+}
+
+/// Whether an address may be a member's at all.
+fn is_usable(ip: IpAddr) -> bool {
+    !ip.is_unspecified() && !ip.is_multicast()
+}
