@@ -5,6 +5,10 @@
 //! its own with its written shape, its checked shape, its defaults and its tests.
 
 pub mod admin;
+pub mod diagnostic;
+pub mod load;
+mod reader;
+pub mod units;
 pub mod cluster;
 pub mod limits;
 pub mod listener;
