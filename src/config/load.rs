@@ -1,1 +1,816 @@
-//! x
+//! From a file and the environment to a [`Config`], or to everything that is wrong with them.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    num::NonZeroUsize,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use http::{HeaderName, Method, StatusCode};
+use toml::de::DeTable;
+
+use super::{
+    Config,
+    admin::{AccessLog, AccessLogFormat, AccessLogOutput, Admin},
+    cluster::{
+        Balance, Cluster, Health, Hold, Lookup, Members, Prefer, Reads, Replay, Retry, RoleSource,
+        StaticNode, Timeouts,
+    },
+    diagnostic::{Diagnostic, Diagnostics, Place},
+    limits::Limits,
+    listener::Listener,
+    reader::{self, Entry, Faults, Kind, Section, Value},
+    route::{Class, HeaderMatch, Host, Path as RoutePath, Route},
+    server::{Drain, Server},
+};
+
+/// Variables that begin so override what the file says.
+pub const PREFIX: &str = "LITEGATE__";
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The file can't be read.
+    #[error("{path}: {error}")]
+    Unreadable {
+        /// The file.
+        path: String,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// It is wrong.
+    #[error("{0}")]
+    Wrong(#[from] Diagnostics),
+}
+
+/// Reads a file, with overrides from `environment`.
+///
+/// # Errors
+/// That it can't be read, or all that is wrong with it.
+pub fn load(
+    path: &Path,
+    environment: impl IntoIterator<Item = (String, String)>,
+) -> Result<Config, LoadError> {
+    let name = path.display().to_string();
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| LoadError::Unreadable { path: name.clone(), error })?;
+    Ok(parse(&name, &text, environment)?)
+}
+
+/// Reads a text.
+///
+/// # Errors
+/// All that is wrong with it.
+pub fn parse(
+    file: &str,
+    text: &str,
+    environment: impl IntoIterator<Item = (String, String)>,
+) -> Result<Config, Diagnostics> {
+    let faults = Faults::default();
+    let (table, errors) = DeTable::parse_recoverable(text);
+    for error in &errors {
+        faults.borrow_mut().push(Diagnostic {
+            message: error.message().to_owned(),
+            place: Place::File(error.span().unwrap_or(0..0)),
+            label: "here".to_owned(),
+            help: None,
+        });
+    }
+    let config = if errors.is_empty() {
+        let mut entries = reader::tree(table.get_ref());
+        for (variable, value) in environment {
+            if let Some(path) = variable.strip_prefix(PREFIX) {
+                let path: Vec<_> = path.split("__").map(str::to_ascii_lowercase).collect();
+                reader::set(&mut entries, &path, &variable, &value);
+            }
+        }
+        root(entries, text.len(), &faults)
+    } else {
+        None
+    };
+    let mut all = faults.take();
+    all.sort_by_key(|diagnostic| match &diagnostic.place {
+        Place::File(span) => span.start,
+        Place::Environment(_) => usize::MAX,
+    });
+    match config {
+        Some(config) if all.is_empty() => Ok(config),
+        _ => Err(Diagnostics { file: file.to_owned(), text: text.to_owned(), all }),
+    }
+}
+
+fn root(entries: Vec<Entry>, end: usize, faults: &Faults) -> Option<Config> {
+    let mut root = Section::new("", Place::File(end..end), entries, faults);
+    let server = server(root.section("server"));
+    let admin = admin(root.section("admin"));
+    let access_log = access_log(root.section("access_log"));
+    let limits = limits(root.section("limits"));
+    let mut listeners: Vec<Listener> = Vec::new();
+    for value in root.list("listener") {
+        let section = root.table("listener", "listener", value);
+        let place = section.place.clone();
+        if let Some(listener) = listener(section) {
+            if listeners.iter().any(|other| other.address == listener.address) {
+                let message = format!("two listeners at {}", listener.address);
+                root.fault(&place, message, "the second one".into(), Some("remove one".into()));
+            }
+            listeners.push(listener);
+        }
+    }
+    if listeners.is_empty() && faults.borrow().is_empty() {
+        root.missing("[[listener]]", "add one: [[listener]] with address = \"0.0.0.0:8080\"");
+    }
+    let mut clusters: Vec<Cluster> = Vec::new();
+    if let Some(value) = root.take("cluster") {
+        let mut all = root.table("cluster", "cluster", value);
+        for Entry { key, place, value } in all.take_all() {
+            let table = all.table(&format!("cluster.{key}"), &key, value);
+            let _ = place;
+            clusters.extend(cluster(&key, table));
+        }
+    } else {
+        root.missing("[cluster.NAME]", "add one: [cluster.app] with port, members and primary");
+    }
+    clusters.sort_by(|a, b| a.name.cmp(&b.name));
+    let mut routes = Vec::new();
+    for (index, value) in root.list("route").into_iter().enumerate() {
+        let section = root.table("route", "route", value);
+        routes.extend(route(section, index, &clusters));
+    }
+    if routes.is_empty() {
+        if clusters.len() > 1 && faults.borrow().is_empty() {
+            root.missing("[[route]]", "with several clusters, routes say what goes where");
+        }
+        routes.push(catch_all());
+    }
+    drop(root);
+    Some(Config { server: server?, listeners, admin: admin?, access_log, limits, clusters, routes })
+}
+
+/// Everything, by method, to the only cluster.
+fn catch_all() -> Route {
+    Route {
+        host: Vec::new(),
+        path: RoutePath::Any,
+        method: Vec::new(),
+        header: Vec::new(),
+        class: Class::Auto,
+        cluster: 0,
+        idempotent: false,
+        allow_trace: false,
+        index: None,
+    }
+}
+
+fn server(mut section: Section) -> Option<Server> {
+    let auto = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let workers = match section.take("workers") {
+        None => auto,
+        Some(Value { kind: Kind::Text(word), .. }) if word == "auto" => auto,
+        Some(Value { kind: Kind::Integer(n @ 1..=1024), .. }) => {
+            usize::try_from(n).ok().and_then(NonZeroUsize::new).unwrap_or(auto)
+        }
+        Some(value) => {
+            section.wrong("workers", &value, "\"auto\" or a number from 1 to 1024", None);
+            auto
+        }
+    };
+    let mut drain = section.section("drain");
+    let drain = Drain {
+        delay: drain.duration("delay", Duration::ZERO),
+        timeout: drain.duration("timeout", secs(30)),
+    };
+    Some(Server { workers, drain })
+}
+
+const fn secs(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "an IP address and a port, like \"0.0.0.0:8080\"".to_owned())
+}
+
+fn listener(mut section: Section) -> Option<Listener> {
+    let written = section.take("address");
+    let place = written.as_ref().map(|value| value.place.clone());
+    let found = match written {
+        None => {
+            section.missing("address", "like address = \"0.0.0.0:8080\"");
+            None
+        }
+        Some(Value { kind: Kind::Text(text), .. }) => match address(&text) {
+            Ok(address) => Some(address),
+            Err(help) => {
+                let place = place.unwrap_or_else(|| section.place.clone());
+                let message = "`address` needs an IP address and a port".to_owned();
+                section.fault(&place, message, "not like this".into(), Some(help));
+                None
+            }
+        },
+        Some(value) => {
+            section.wrong("address", &value, "an IP address and a port", None);
+            None
+        }
+    };
+    for value in section.list("protocols") {
+        match &value.kind {
+            Kind::Text(protocol) if protocol == "http/1.1" => {}
+            Kind::Text(protocol) if protocol == "h2" => {
+                section.unsupported(&value, "HTTP/2", "write protocols = [\"http/1.1\"]");
+            }
+            _ => section.wrong("protocols", &value, "\"http/1.1\"", None),
+        }
+    }
+    if let Some(value) = section.take("proxy_protocol") {
+        match &value.kind {
+            Kind::Text(word) if word == "off" => {}
+            _ => section.unsupported(
+                &value,
+                "the PROXY protocol",
+                "write proxy_protocol = \"off\" and use X-Forwarded-For with trusted_proxies",
+            ),
+        }
+    }
+    if let Some(value) = section.take("tls") {
+        section.unsupported(&value, "TLS", "end TLS in front of litegate and remove this");
+    }
+    let trusted_proxies = section.texts("trusted_proxies", "networks like 10.42.0.0/16", |text| {
+        let single = text.parse::<IpAddr>().map(ipnet::IpNet::from);
+        text.parse().or(single).map_err(|_| "like \"10.42.0.0/16\"".to_owned())
+    });
+    Some(Listener { address: found?, trusted_proxies })
+}
+
+fn admin(mut section: Section) -> Option<Admin> {
+    let default = SocketAddr::from(([127, 0, 0, 1], 9090));
+    let parse = |text: &str| match text {
+        "off" => Ok(None),
+        text => address(text).map(Some),
+    };
+    let address = section.parsed("address", "an IP address and a port, or \"off\"", parse);
+    Some(Admin { address: address.unwrap_or(Some(default)) })
+}
+
+fn access_log(mut section: Section) -> AccessLog {
+    let formats = [
+        ("text", AccessLogFormat::Text),
+        ("json", AccessLogFormat::Json),
+        ("off", AccessLogFormat::Off),
+    ];
+    let format = section.word("format", &formats, AccessLogFormat::Text);
+    let output = match section.text("output").as_deref() {
+        None | Some("stdout") => AccessLogOutput::Stdout,
+        Some("stderr") => AccessLogOutput::Stderr,
+        Some(path) => AccessLogOutput::File(path.into()),
+    };
+    AccessLog { format, output }
+}
+
+fn limits(mut section: Section) -> Limits {
+    Limits {
+        header_bytes: section.size("header_bytes", 64 << 10).max(1024),
+        headers: section.count("headers", 1, 100),
+        uri_bytes: section.size("uri_bytes", 16 << 10),
+        header_read: section.duration("header_read", secs(10)),
+        idle: section.duration("idle", secs(60)),
+        body_idle: section.duration("body_idle", secs(30)),
+        connections: section.count("connections", 1, 20_000),
+        replay_bytes: section.size("replay_bytes", 64 << 20),
+    }
+}
+
+fn cluster(name: &str, mut section: Section) -> Option<Cluster> {
+    let port = section.integer("port", 1..=65535).and_then(|port| u16::try_from(port).ok());
+    if port.is_none() {
+        section.missing("port", "the port of the app, or of LiteFS's proxy, on every member");
+    }
+    let members = members(&mut section, port.unwrap_or(0));
+    let primary = primary(&mut section);
+    let max_lag = section.duration("max_lag", secs(10));
+    let reads = [
+        ("prefer-replicas", Reads::PreferReplicas),
+        ("replicas", Reads::Replicas),
+        ("all", Reads::All),
+        ("primary", Reads::Primary),
+    ];
+    let balance = [
+        ("peak-ewma", Balance::PeakEwma),
+        ("least-request", Balance::LeastRequest),
+        ("round-robin", Balance::RoundRobin),
+        ("random", Balance::Random),
+    ];
+    let prefer = [("any", Prefer::Any), ("local", Prefer::Local)];
+    later(&mut section);
+    let cluster = Cluster {
+        name: Arc::from(name),
+        port: port.unwrap_or(0),
+        members: members.unwrap_or(Members::Static(Vec::new())),
+        primary,
+        reads: section.word("reads", &reads, Reads::default()),
+        balance: section.word("balance", &balance, Balance::default()),
+        soft_lag: section.duration("soft_lag", secs(1)).min(max_lag),
+        max_lag,
+        prefer: section.word("prefer", &prefer, Prefer::default()),
+        slow_start: section.duration("slow_start", secs(10)),
+        max_writes: section.count("max_writes", 1, 64),
+        max_writes_wait: section.duration("max_writes_wait", secs(10)),
+        max_requests: section.count("max_requests", 1, 1024),
+        max_pending: section.count("max_pending", 0, 1024),
+        max_idle: section.count("max_idle", 0, 64),
+        timeouts: timeouts(section.section("timeouts")),
+        health: health(section.section("health")),
+        retry: retry(section.section("retry")),
+        replay: replay(section.section("replay")),
+        hold: hold(section.section("hold")),
+    };
+    the_api_is_not_the_app(&cluster, &section);
+    Some(cluster)
+}
+
+/// LiteFS's API has no authentication: whoever reaches it can promote, halt and export. It must
+/// never be where requests are sent.
+fn the_api_is_not_the_app(cluster: &Cluster, section: &Section) {
+    let api = cluster.primary.iter().find_map(|source| match source {
+        RoleSource::Litefs { port, .. } => Some(*port),
+        _ => None,
+    });
+    let is_api = |port: u16| Some(port) == api || port == 20202;
+    let help = Some("write the port of the app or of LiteFS's proxy".to_owned());
+    if is_api(cluster.port) {
+        let message = format!("port {} of [{}] is LiteFS's API", cluster.port, section.name);
+        section.fault(&section.place, message, "it must not be reachable".into(), help.clone());
+    }
+    if let Members::Static(nodes) = &cluster.members {
+        let apis: Vec<_> = nodes.iter().filter_map(|node| node.api).collect();
+        for node in nodes.iter().filter(|node| {
+            apis.contains(&node.address)
+                || (api.is_some() && node.api.is_none() && is_api(node.address.port()))
+        }) {
+            let message = format!("the address of node `{}` is LiteFS's API", node.name);
+            section.fault(&section.place, message, "in this cluster".into(), help.clone());
+        }
+    }
+}
+
+/// Keys that later versions know.
+fn later(section: &mut Section) {
+    let mut consistency = section.section("consistency");
+    if let Some(value) = consistency.take("mode")
+        && !matches!(&value.kind, Kind::Text(mode) if mode == "off")
+    {
+        consistency.unsupported(&value, "this consistency mode", "write mode = \"off\"");
+    }
+    for key in ["databases", "wait", "affinity"] {
+        if let Some(value) = consistency.take(key) {
+            consistency.unsupported(&value, &format!("`{key}`"), "remove it");
+        }
+    }
+    let mut durability = section.section("durability");
+    if let Some(value) = durability.take("replicas")
+        && !matches!(value.kind, Kind::Integer(0))
+    {
+        durability.unsupported(&value, "waiting for replicas", "write replicas = 0");
+    }
+    for key in ["timeout", "on_timeout"] {
+        let _ = durability.take(key);
+    }
+}
+
+fn members(section: &mut Section, port: u16) -> Option<Members> {
+    let Some(value) = section.take("members") else {
+        section.missing("members", "like members = { type = \"dns\", name = \"app-headless\" }");
+        return None;
+    };
+    let name = format!("{}.members", section.name);
+    let mut table = section.table(&name, "members", value);
+    match table.text("type").as_deref() {
+        Some("dns") => Some(Members::Dns(lookup(&mut table)?)),
+        Some("srv") => Some(Members::Srv(lookup(&mut table)?)),
+        Some("static") => {
+            let mut nodes: Vec<StaticNode> = Vec::new();
+            for value in table.list("nodes") {
+                let place = value.place.clone();
+                let node = static_node(table.table(&format!("{name}.nodes"), "nodes", value), port);
+                let Some(node) = node else { continue };
+                if nodes
+                    .iter()
+                    .any(|other| other.name == node.name || other.address == node.address)
+                {
+                    let message = format!("two nodes are `{}` or share its address", node.name);
+                    table.fault(&place, message, "the second one".into(), None);
+                }
+                nodes.push(node);
+            }
+            if nodes.is_empty() {
+                table.missing(
+                    "nodes",
+                    "like nodes = [{ name = \"app-0\", address = \"10.42.0.7\" }]",
+                );
+            }
+            Some(Members::Static(nodes))
+        }
+        Some(_) | None => {
+            table.missing("type", "one of \"dns\", \"srv\", \"static\"");
+            drop(table.take_all());
+            None
+        }
+    }
+}
+
+fn lookup(table: &mut Section) -> Option<Lookup> {
+    let resolvers = table.texts("resolvers", "addresses like 10.43.0.10:53", |text| {
+        let with_port = text.parse::<SocketAddr>();
+        let bare = text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53));
+        with_port.or(bare).map_err(|_| "like \"10.43.0.10:53\"".to_owned())
+    });
+    match table.text("name") {
+        Some(name) if !name.is_empty() => Some(Lookup { name: name.into(), resolvers }),
+        _ => {
+            table.missing("name", "the DNS name to look up");
+            None
+        }
+    }
+}
+
+fn static_node(mut table: Section, port: u16) -> Option<StaticNode> {
+    let parse = |text: &str| {
+        let with_port = text.parse::<SocketAddr>();
+        let bare = text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, port));
+        with_port.or(bare).map_err(|_| "like \"10.42.0.7\" or \"10.42.0.8:3001\"".to_owned())
+    };
+    let name = table.text("name");
+    let address = table.parsed("address", "an IP address", parse);
+    let api = table.parsed("api", "an IP address and a port", self::address);
+    if name.is_none() {
+        table.missing("name", "the instance name, as LiteFS's lease.hostname has it");
+    }
+    if address.is_none() {
+        table.missing("address", "the node's IP address");
+    }
+    Some(StaticNode { name: name?.into(), address: address?, api })
+}
+
+fn primary(section: &mut Section) -> Vec<RoleSource> {
+    let list = section.list("primary");
+    if list.is_empty() {
+        section.missing("primary", "like primary = { type = \"litefs\" }");
+    }
+    let name = format!("{}.primary", section.name);
+    let mut sources = Vec::new();
+    for value in list {
+        let mut table = section.table(&name, "primary", value.clone());
+        let source = match table.text("type").as_deref() {
+            Some("litefs") => Some(RoleSource::Litefs {
+                port: table
+                    .integer("port", 1..=65535)
+                    .map_or(20202, |n| u16::try_from(n).unwrap_or(20202)),
+                poll: table.duration("poll", secs(1)).max(Duration::from_millis(50)),
+            }),
+            Some("instance") => {
+                let name = table.text("name");
+                if name.is_none() {
+                    table.missing("name", "the primary's instance name");
+                }
+                name.map(|name| RoleSource::Instance { name: name.into() })
+            }
+            Some("dns") => lookup(&mut table).map(RoleSource::Dns),
+            Some(later @ ("consul" | "http" | "file")) => {
+                let what = format!("the role source \"{later}\"");
+                table.unsupported(&value, &what, "use \"litefs\", \"instance\" or \"dns\"");
+                drop(table.take_all());
+                None
+            }
+            _ => {
+                table.missing("type", "one of \"litefs\", \"instance\", \"dns\"");
+                drop(table.take_all());
+                None
+            }
+        };
+        sources.extend(source);
+    }
+    sources
+}
+
+fn timeouts(mut section: Section) -> Timeouts {
+    Timeouts {
+        connect: section.duration("connect", secs(1)),
+        response_header: section.duration("response_header", secs(60)),
+        idle: section.duration("idle", secs(60)),
+        tunnel_idle: section.duration("tunnel_idle", secs(3600)),
+        pool_idle: section.duration("pool_idle", secs(4)),
+    }
+}
+
+fn health(mut section: Section) -> Health {
+    let path = section.parsed("path", "a path", |path| {
+        if path.starts_with('/') && path.bytes().all(|byte| byte.is_ascii_graphic()) {
+            Ok(path.into())
+        } else {
+            Err("like \"/healthz\"".to_owned())
+        }
+    });
+    Health {
+        path,
+        interval: section.duration("interval", secs(2)).max(Duration::from_millis(50)),
+        timeout: section.duration("timeout", secs(1)),
+        eject_after: u32::try_from(section.count("eject_after", 0, 5)).unwrap_or(5),
+        eject_base: section.duration("eject_base", secs(5)),
+        eject_longest: section.duration("eject_longest", secs(60)),
+        eject_max: section.share("eject_max", 0.5),
+    }
+}
+
+fn retry(mut section: Section) -> Retry {
+    let is_written = section.take("on");
+    let mut retry = Retry {
+        on_connect: true,
+        on_status: vec![
+            StatusCode::BAD_GATEWAY,
+            StatusCode::SERVICE_UNAVAILABLE,
+            StatusCode::GATEWAY_TIMEOUT,
+        ],
+        attempts: u32::try_from(section.count("attempts", 1, 3).min(10)).unwrap_or(3),
+        budget: section.share("budget", 0.2),
+        budget_min: u32::try_from(section.count("budget_min", 0, 10)).unwrap_or(10),
+    };
+    let Some(value) = is_written else { return retry };
+    retry.on_connect = false;
+    retry.on_status.clear();
+    let list = match value.kind {
+        Kind::List(list) => list,
+        kind => vec![Value { kind, place: value.place }],
+    };
+    for value in list {
+        match &value.kind {
+            Kind::Text(word) if word == "connect" => retry.on_connect = true,
+            Kind::Text(code) if code.starts_with('5') && code.len() == 3 => {
+                match code.parse::<u16>().ok().and_then(|code| StatusCode::from_u16(code).ok()) {
+                    Some(status) => retry.on_status.push(status),
+                    None => section.wrong("on", &value, "\"connect\" and 5xx statuses", None),
+                }
+            }
+            _ => section.wrong("on", &value, "\"connect\" and 5xx statuses like \"503\"", None),
+        }
+    }
+    retry
+}
+
+fn replay(mut section: Section) -> Replay {
+    let max_hops = section.integer("max_hops", 0..=10).unwrap_or(3);
+    Replay {
+        max_hops: u32::try_from(max_hops).unwrap_or(3),
+        buffer: section.size("buffer", 1 << 20),
+        json: section.boolean("json", false),
+        transform: section.boolean("transform", false),
+        pass: section.boolean("pass", false),
+        primary_region: section.text("primary_region").map(|r| r.to_ascii_lowercase().into()),
+    }
+}
+
+fn hold(mut section: Section) -> Hold {
+    Hold {
+        timeout: section.duration("timeout", secs(30)),
+        max_requests: section.count("max_requests", 0, 1000),
+        max_bytes: section.size("max_bytes", 64 << 20),
+        release: section.count("release", 1, 32),
+    }
+}
+
+fn route(mut section: Section, index: usize, clusters: &[Cluster]) -> Option<Route> {
+    let host = section.texts("host", "host names", |host| {
+        let lower = host.to_ascii_lowercase();
+        let (below, name) = match lower.strip_prefix('*') {
+            Some(rest) => (true, rest),
+            None => (false, &*lower),
+        };
+        let is_name = !name.is_empty() && !name.contains(['*', '/', ' ', ':']);
+        match (is_name, below) {
+            (true, true) if name.starts_with('.') => Ok(Host::Below(name.into())),
+            (true, false) => Ok(Host::Exact(name.into())),
+            _ => Err("like \"abaci.one\" or \"*.abaci.one\", without a port".to_owned()),
+        }
+    });
+    let path = path(&mut section);
+    let method = section.texts("method", "methods", |method| {
+        Method::from_bytes(method.as_bytes()).map_err(|_| "like \"POST\"".to_owned())
+    });
+    let mut header = Vec::new();
+    for value in section.list("header") {
+        let mut table = section.table("route.header", "header", value);
+        let name = table.parsed("name", "a field name", |name| {
+            HeaderName::from_bytes(name.as_bytes()).map_err(|_| "like \"x-kind\"".to_owned())
+        });
+        let value = table.text("value").map(Into::into);
+        match name {
+            Some(name) => header.push(HeaderMatch { name, value }),
+            None => table.missing("name", "the field to look at"),
+        }
+    }
+    let classes = [("auto", Class::Auto), ("read", Class::Read), ("write", Class::Write)];
+    let class = section.word("class", &classes, Class::Auto);
+    let idempotent = section.boolean("idempotent", false);
+    let allow_trace = section.boolean("allow_trace", false);
+    let names: Vec<_> = clusters.iter().map(|cluster| &*cluster.name).collect();
+    let wanted = format!("one of {}", names.join(", "));
+    let cluster = match section.take("cluster") {
+        None if clusters.len() == 1 => Some(0),
+        None => {
+            section.missing("cluster", &wanted);
+            None
+        }
+        Some(value) => match &value.kind {
+            Kind::Text(name) => {
+                let found = names.iter().position(|known| known == name);
+                if found.is_none() {
+                    let message = format!("no cluster is called `{name}`");
+                    section.fault(&value.place, message, "here".into(), Some(wanted));
+                }
+                found
+            }
+            _ => {
+                section.wrong("cluster", &value, "a cluster's name", None);
+                None
+            }
+        },
+    };
+    let cluster = cluster?;
+    let index = Some(index);
+    Some(Route { host, path, method, header, class, cluster, idempotent, allow_trace, index })
+}
+
+fn path(section: &mut Section) -> RoutePath {
+    let absolute = |path: &str| {
+        if path.starts_with('/') { Ok(path.to_owned()) } else { Err("begin with /".to_owned()) }
+    };
+    let prefix = section.parsed("path", "a path", absolute);
+    let exact = section.parsed("path_exact", "a path", absolute);
+    let glob = section.text("path_glob");
+    match (prefix, exact, glob) {
+        (None, None, None) => RoutePath::Any,
+        (Some(prefix), None, None) => {
+            let bare = prefix.trim_end_matches('/');
+            RoutePath::Prefix(if bare.is_empty() { "/" } else { bare }.into())
+        }
+        (None, Some(exact), None) => RoutePath::Exact(exact.into()),
+        (None, None, Some(glob)) => RoutePath::Glob(glob.into()),
+        _ => {
+            let message = "a route has one of `path`, `path_exact` and `path_glob`".to_owned();
+            section.fault(&section.place, message, "this has more".into(), None);
+            RoutePath::Any
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAST: &str = r#"
+[[listener]]
+address = "0.0.0.0:8080"
+
+[cluster.abaci]
+port    = 3000
+members = { type = "dns", name = "abaci-app-headless" }
+primary = { type = "litefs" }
+"#;
+
+    fn parsed(text: &str) -> Result<Config, String> {
+        parse("litegate.toml", text, []).map_err(|faults| faults.to_string())
+    }
+
+    #[test]
+    fn the_least_that_works_works() {
+        let config = parsed(LEAST).unwrap();
+        assert_eq!(config.clusters[0].hold.timeout, secs(30));
+        assert_eq!(config.routes.len(), 1);
+        assert_eq!(config.admin.address, Some("127.0.0.1:9090".parse().unwrap()));
+    }
+
+    #[test]
+    fn everything_wrong_is_said_at_once() {
+        let faults = parsed(
+            r#"[[listener]]
+address = "0.0.0.0"
+
+[cluster.abaci]
+port = 20202
+members = { type = "dns", name = "x" }
+primary = { type = "litefs" }
+max_lag  = 10
+
+[cluster.abaci.hold]
+tiemout = "30s"
+"#,
+        )
+        .unwrap_err();
+        insta::assert_snapshot!(faults, @r#"
+        error: `address` needs an IP address and a port
+         --> litegate.toml:2:11
+          |
+        2 | address = "0.0.0.0"
+          |           ^^^^^^^^^ not like this
+          = help: an IP address and a port, like "0.0.0.0:8080"
+
+        error: port 20202 of [cluster.abaci] is LiteFS's API
+         --> litegate.toml:4:1
+          |
+        4 | [cluster.abaci]
+          | ^^^^^^^^^^^^^^^ it must not be reachable
+          = help: write the port of the app or of LiteFS's proxy
+
+        error: `max_lag` needs a number and a unit
+         --> litegate.toml:8:12
+          |
+        8 | max_lag  = 10
+          |            ^^ this is a bare number
+          = help: "10s"; units are ms, s, m, h
+
+        error: unknown key `tiemout`
+          --> litegate.toml:11:1
+           |
+        11 | tiemout = "30s"
+           | ^^^^^^^ in [cluster.abaci.hold]
+           = help: did you mean `timeout`?
+
+        4 errors
+        "#);
+    }
+
+    #[test]
+    fn what_is_missing_is_said_with_the_cure() {
+        insta::assert_snapshot!(parsed("").unwrap_err(), @r#"
+        error: `[[listener]]` is missing
+         --> litegate.toml:1:1
+          |
+        1 | 
+          | ^ here
+          = help: add one: [[listener]] with address = "0.0.0.0:8080"
+
+        error: `[cluster.NAME]` is missing
+         --> litegate.toml:1:1
+          |
+        1 | 
+          | ^ here
+          = help: add one: [cluster.app] with port, members and primary
+
+        2 errors
+        "#);
+    }
+
+    #[test]
+    fn what_comes_later_is_refused_rather_than_ignored() {
+        for (key, what) in [
+            ("protocols = [\"h2\"]", "HTTP/2"),
+            ("proxy_protocol = \"require\"", "PROXY"),
+            ("tls = {}", "TLS"),
+        ] {
+            let text = LEAST.replace("8080\"", &format!("8080\"\n{key}"));
+            let faults = parsed(&text).unwrap_err();
+            assert!(faults.contains(what) && faults.contains("not supported"), "{faults}");
+        }
+        let text = format!("{LEAST}[cluster.abaci.consistency]\nmode = \"token\"\n");
+        assert!(parsed(&text).unwrap_err().contains("not supported"));
+    }
+
+    #[test]
+    fn the_environment_outranks_the_file_and_is_named_in_faults() {
+        let set = |name: &str, value: &str| {
+            parse("litegate.toml", LEAST, [(name.to_owned(), value.to_owned())])
+        };
+        let config = set("LITEGATE__CLUSTER__ABACI__HOLD__TIMEOUT", "25s").unwrap();
+        assert_eq!(config.clusters[0].hold.timeout, secs(25));
+        let config = set("LITEGATE__LISTENER__0__ADDRESS", "127.0.0.1:1").unwrap();
+        assert_eq!(config.listeners[0].address.port(), 1);
+        let faults = set("LITEGATE__SERVER__WORKERS", "0").unwrap_err().to_string();
+        assert!(faults.contains("environment variable LITEGATE__SERVER__WORKERS"), "{faults}");
+    }
+
+    #[test]
+    fn a_route_needs_a_cluster_that_exists() {
+        let text = format!("{LEAST}[[route]]\npath = \"/a/\"\ncluster = \"other\"\n");
+        assert!(parsed(&text).unwrap_err().contains("no cluster is called `other`"));
+        let text = format!("{LEAST}[[route]]\npath = \"/a/\"\nclass = \"write\"\n");
+        let config = parsed(&text).unwrap();
+        assert_eq!(config.routes[0].path, RoutePath::Prefix("/a".into()));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_is_too_strange(text in "\\PC{0,200}") {
+            let _ = parsed(&text);
+        }
+
+        #[test]
+        fn a_damaged_file_is_refused_with_a_reason(at in 0usize..150, with in "[ -~]{1,3}") {
+            let mut text = LEAST.to_owned();
+            text.insert_str(at.min(text.len()), &with);
+            if let Err(faults) = parse("x", &text, []) {
+                proptest::prop_assert!(!faults.all.is_empty());
+            }
+        }
+    }
+}

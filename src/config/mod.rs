@@ -5,15 +5,15 @@
 //! its own with its written shape, its checked shape, its defaults and its tests.
 
 pub mod admin;
-pub mod diagnostic;
-pub mod load;
-mod reader;
-pub mod units;
 pub mod cluster;
+pub mod diagnostic;
 pub mod limits;
 pub mod listener;
+pub mod load;
+mod reader;
 pub mod route;
 pub mod server;
+pub mod units;
 
 /// The checked configuration.
 #[derive(Clone, Debug, PartialEq)]

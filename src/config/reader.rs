@@ -129,7 +129,13 @@ impl Section {
     }
 
     /// Remembers a fault.
-    pub(super) fn fault(&self, place: &Place, message: String, label: String, help: Option<String>) {
+    pub(super) fn fault(
+        &self,
+        place: &Place,
+        message: String,
+        label: String,
+        help: Option<String>,
+    ) {
         let place = place.clone();
         self.faults.borrow_mut().push(Diagnostic { message, place, label, help });
     }
@@ -151,7 +157,8 @@ impl Section {
 
     /// A table below this one; empty where it is not written.
     pub(super) fn section(&mut self, key: &'static str) -> Self {
-        let name = if self.name.is_empty() { key.to_owned() } else { format!("{}.{key}", self.name) };
+        let name =
+            if self.name.is_empty() { key.to_owned() } else { format!("{}.{key}", self.name) };
         match self.take(key) {
             None => Self::new(&name, self.place.clone(), Vec::new(), &self.faults),
             Some(value) => self.table(&name, key, value),
@@ -163,7 +170,12 @@ impl Section {
         match value.kind {
             Kind::Table(entries) => Self::new(name, value.place, entries, &self.faults),
             other => {
-                self.wrong(key, &Value { kind: other, place: value.place.clone() }, "a table", None);
+                self.wrong(
+                    key,
+                    &Value { kind: other, place: value.place.clone() },
+                    "a table",
+                    None,
+                );
                 Self::new(name, value.place, Vec::new(), &self.faults)
             }
         }

@@ -29,7 +29,8 @@ pub fn duration(text: &str) -> Result<Duration, &'static str> {
 /// # Errors
 /// The cure, for a diagnostic.
 pub fn size(text: &str) -> Result<usize, &'static str> {
-    const CURE: &str = "write a number and a unit, like \"64KiB\"; units are B, kB, MB, GB, KiB, MiB, GiB";
+    const CURE: &str =
+        "write a number and a unit, like \"64KiB\"; units are B, kB, MB, GB, KiB, MiB, GiB";
     let (number, unit) = split(text).ok_or(CURE)?;
     let factor = match unit {
         "" | "B" => 1.0,
@@ -62,9 +63,14 @@ mod tests {
 
     #[test]
     fn durations() {
-        for (text, millis) in
-            [("250ms", 250), ("5s", 5_000), ("1.5s", 1_500), ("2m", 120_000), ("1h", 3_600_000), ("0s", 0)]
-        {
+        for (text, millis) in [
+            ("250ms", 250),
+            ("5s", 5_000),
+            ("1.5s", 1_500),
+            ("2m", 120_000),
+            ("1h", 3_600_000),
+            ("0s", 0),
+        ] {
             assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
         }
         for text in ["", "5", "s", "-1s", "5 x", "1e9s", "99999999h"] {
