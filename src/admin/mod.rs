@@ -1,1 +1,223 @@
-//! (to come)
+//! The control room: health, metrics and what is believed. It only reads.
+//!
+//! `GET /livez` · `/healthz` · `/readyz` · `/metrics` · `/api/topology` · `/api/config` · `/`
+
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, sync::Semaphore};
+
+use crate::{
+    config::Config,
+    telemetry::metrics::Metrics,
+    topology::{Freshness, Presence, PrimaryGap, Role, Topology, watch},
+};
+
+/// Connections at once; more wait in the kernel's backlog.
+const CONNECTIONS: usize = 64;
+/// How long a request head may take.
+const HEAD: Duration = Duration::from_secs(5);
+
+const PATHS: &[(&str, &str)] = &[
+    ("/livez", "200 while the process runs"),
+    ("/healthz", "the same"),
+    ("/readyz", "200 when every cluster has been resolved and has a node that serves reads"),
+    ("/metrics", "Prometheus text"),
+    ("/api/topology", "what is believed of each cluster"),
+    ("/api/config", "the configuration in force"),
+];
+
+/// What the control room shows.
+#[derive(Debug)]
+pub struct Admin {
+    metrics: Arc<Metrics>,
+    clusters: Mutex<Vec<(Arc<str>, watch::Reader)>>,
+    config: Mutex<Arc<str>>,
+    draining: AtomicBool,
+}
+
+impl Admin {
+    /// For a process that has just started.
+    pub fn new(
+        metrics: Arc<Metrics>,
+        clusters: Vec<(Arc<str>, watch::Reader)>,
+        config: &Config,
+    ) -> Self {
+        Self {
+            metrics,
+            clusters: Mutex::new(clusters),
+            config: Mutex::new(render(config)),
+            draining: AtomicBool::new(false),
+        }
+    }
+
+    /// After a reload.
+    pub fn update(&self, clusters: Vec<(Arc<str>, watch::Reader)>, config: &Config) {
+        *self.clusters.lock().unwrap_or_else(PoisonError::into_inner) = clusters;
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = render(config);
+    }
+
+    /// From now on `/readyz` fails.
+    pub fn set_draining(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    fn clusters(&self) -> Vec<(Arc<str>, watch::Reader)> {
+        self.clusters.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD");
+            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return response;
+        }
+        match request.uri().path() {
+            "/livez" | "/healthz" => text(StatusCode::OK, "text/plain", "ok\n".into()),
+            "/readyz" => self.ready(),
+            "/metrics" => {
+                let page = self.metrics.render(&mut self.clusters());
+                text(StatusCode::OK, "text/plain; version=0.0.4", page)
+            }
+            "/api/topology" => {
+                let all = self
+                    .clusters()
+                    .into_iter()
+                    .map(|(name, mut reader)| (name.to_string(), topology(reader.latest())));
+                json(StatusCode::OK, &Value::Object(all.collect()))
+            }
+            "/api/config" => {
+                let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).to_string();
+                text(StatusCode::OK, "application/json", config)
+            }
+            "/" => {
+                let mut page = String::from("litegate\n\n");
+                for (path, what) in PATHS {
+                    page.push_str(&format!("{path:16}{what}\n"));
+                }
+                text(StatusCode::OK, "text/plain", page)
+            }
+            _ => problem(StatusCode::NOT_FOUND, "GET / lists what there is"),
+        }
+    }
+
+    /// Ready means that members are known and somebody can serve reads. The absence of a primary
+    /// takes nobody out of rotation: its writes are held, here as in any other instance.
+    fn ready(&self) -> Response<Full<Bytes>> {
+        let mut reasons = Vec::new();
+        if self.draining.load(Ordering::Relaxed) {
+            reasons.push("draining".to_owned());
+        }
+        for (name, mut reader) in self.clusters() {
+            let topology = reader.latest();
+            if !topology.resolved {
+                reasons.push(format!("cluster {name}: its members are not known yet"));
+            } else if !topology.nodes.iter().any(|node| node.presence == Presence::Member) {
+                reasons.push(format!("cluster {name}: it has no members"));
+            }
+        }
+        if reasons.is_empty() {
+            return text(StatusCode::OK, "text/plain", "ready\n".into());
+        }
+        let page = reasons.join("\n") + "\n";
+        text(StatusCode::SERVICE_UNAVAILABLE, "text/plain", page)
+    }
+}
+
+fn render(config: &Config) -> Arc<str> {
+    format!("{:#}\n", config.to_json()).into()
+}
+
+/// A snapshot in stable words.
+fn topology(topology: &Topology) -> Value {
+    let gap = match topology.primary_gap {
+        _ if topology.primary.is_some() => None,
+        PrimaryGap::Unknown => Some("unknown"),
+        PrimaryGap::NotAMember => Some("not-a-member"),
+        PrimaryGap::Unreachable => Some("unreachable"),
+        PrimaryGap::SplitBrain => Some("split-brain"),
+    };
+    let now = tokio::time::Instant::now().into_std();
+    let nodes = topology.nodes.iter().map(|node| {
+        json!({
+            "name": &*node.name,
+            "address": node.address.to_string(),
+            "role": node.role.as_str(),
+            "presence": if node.presence == Presence::Member { "member" } else { "draining" },
+            "lag_seconds": node.lag.map(|lag| lag.as_secs_f64()),
+            "freshness": match node.freshness {
+                Freshness::Fresh => "fresh",
+                Freshness::Behind => "behind",
+                Freshness::TooFar => "too-far",
+            },
+            "healthy": node.is_healthy(now),
+            "ejected": node.record.is_ejected(now),
+            "local": node.local,
+        })
+    });
+    json!({
+        "generation": topology.generation,
+        "term": topology.term,
+        "primary": topology.nodes.iter().find(|n| n.role == Role::Primary).map(|n| &*n.name),
+        "no_primary_because": gap,
+        "resolved": topology.resolved,
+        "stale": topology.stale,
+        "nodes": nodes.collect::<Vec<_>>(),
+    })
+}
+
+fn text(status: StatusCode, kind: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+fn json(status: StatusCode, value: &Value) -> Response<Full<Bytes>> {
+    text(status, "application/json", format!("{value:#}\n"))
+}
+
+fn problem(status: StatusCode, detail: &str) -> Response<Full<Bytes>> {
+    let title = status.canonical_reason().unwrap_or("error");
+    let body = json!({ "title": title, "status": status.as_u16(), "detail": detail });
+    text(status, "application/problem+json", format!("{body}\n"))
+}
+
+/// Serves until the runtime ends.
+pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        let admin = Arc::clone(&admin);
+        tokio::spawn(async move {
+            let service = service_fn(|request: Request<Incoming>| {
+                let answer = admin.answer(&request);
+                async { Ok::<_, Infallible>(answer) }
+            });
+            // How a scraper's connection ends is its own affair.
+            let _ = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD)
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+            drop(place);
+        });
+    }
+}

@@ -195,10 +195,9 @@ pub struct Replay {
     pub max_hops: u32,
     /// `buffer`: bytes of a request body that are kept until the response head arrives.
     pub buffer: usize,
-    /// `json`: whether the JSON body form is understood. Off by default: LiteFS never uses it.
+    /// `json`: whether the JSON body form is understood. Off by default: LiteFS never uses it. A
+    /// `transform` in it is refused.
     pub json: bool,
-    /// `transform`: whether its `transform` is obeyed.
-    pub transform: bool,
     /// `pass = true` hands `fly-replay*` response headers to the client untouched, for a Fly edge
     /// in front of litegate.
     pub pass: bool,

@@ -564,7 +564,6 @@ fn replay(mut section: Section) -> Replay {
         max_hops: u32::try_from(max_hops).unwrap_or(3),
         buffer: section.size("buffer", 1 << 20),
         json: section.boolean("json", false),
-        transform: section.boolean("transform", false),
         pass: section.boolean("pass", false),
         primary_region: section.text("primary_region").map(|r| r.to_ascii_lowercase().into()),
     }

@@ -36,23 +36,31 @@ pub(super) struct Connected {
     connection: Option<Box<Connection<RequestBody>>>,
     pub(super) node: Rc<Node>,
     /// Kept until the answer is complete: the node is busy that long.
-    _places: Places,
-    /// The attempt began then.
-    pub(super) began: Instant,
+    places: Places,
 }
 
 /// What an attempt occupies.
 #[derive(Debug)]
+#[expect(dead_code, reason = "a place is held, not read")]
 pub(super) struct Places {
     /// On the node.
     pub(super) node: Place,
     /// In the primary's lane of writes.
     pub(super) write: Option<Place>,
     /// Among the released.
-    pub(super) held: Option<Rc<hold::Place>>,
+    pub(super) held: Option<hold::Place>,
 }
 
 impl Connected {
+    /// An answer arrives on `connection`.
+    pub(super) fn new(
+        connection: Box<Connection<RequestBody>>,
+        node: Rc<Node>,
+        places: Places,
+    ) -> Self {
+        Self { connection: Some(connection), node, places }
+    }
+
     /// Lets the exchange go on.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) {
         if let Some(connection) = &mut self.connection {
@@ -69,10 +77,9 @@ impl Connected {
         }
     }
 
-    /// Takes the socket for a tunnel.
-    pub(super) fn into_connection(mut self) -> Option<(Box<Connection<RequestBody>>, Places)> {
-        let connection = self.connection.take()?;
-        Some((connection, self._places))
+    /// Takes the connection for a tunnel. The places stay: the node is as busy as before.
+    pub(super) fn take_connection(&mut self) -> Option<Box<Connection<RequestBody>>> {
+        self.connection.take()
     }
 }
 
@@ -110,9 +117,8 @@ pub(super) enum Trouble {
 pub(super) async fn run(
     this: &Try<'_>,
     node: &Rc<Node>,
-    places: Places,
     mut head: impl FnMut() -> Request<()>,
-) -> Result<(Response<Incoming>, Connected), Trouble> {
+) -> Result<(Response<Incoming>, Box<Connection<RequestBody>>), Trouble> {
     let began = Instant::now();
     loop {
         let pooled = poll_fn(|cx| Poll::Ready(node.take_idle(cx, began))).await;
@@ -124,17 +130,10 @@ pub(super) async fn run(
         match exchange(this, &mut connection, head()).await {
             // The node closed a kept-alive connection just then, and nothing of the request has
             // left: not an attempt yet.
-            Err(Trouble::Node(Failure {
-                kind: FailureKind::StaleConnection,
-                written: false,
-            })) if reused => {}
+            Err(Trouble::Node(Failure { kind: FailureKind::StaleConnection, written: false }))
+                if reused => {}
             Err(trouble) => return Err(trouble),
-            Ok(response) => {
-                let connection = Some(connection);
-                let connected =
-                    Connected { connection, node: Rc::clone(node), _places: places, began };
-                return Ok((response, connected));
-            }
+            Ok(response) => return Ok((response, connection)),
         }
     }
 }
@@ -180,7 +179,9 @@ async fn exchange(
                 wire.continue_anyway();
                 cx.waker().wake_by_ref();
             }
-            if this.upload.is_some_and(|up| up.is_starved() && up.progress() + this.body_idle <= now)
+            if this
+                .upload
+                .is_some_and(|up| up.is_starved() && up.progress() + this.body_idle <= now)
             {
                 client = Some(Problem::BodyTimeout);
                 return true;

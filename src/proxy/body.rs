@@ -149,9 +149,17 @@ impl Upload {
         self.0.release(&mut state);
     }
 
-    /// What the kept prefix costs.
-    pub fn kept(&self) -> usize {
-        self.0.state.borrow().cost
+    /// Whether the client said how long it is.
+    pub fn has_length(&self) -> bool {
+        let state = self.0.state.borrow();
+        state.source.size_hint().exact().is_some()
+    }
+
+    /// How much of it may be kept while it waits: all of it, or as much as is kept of any.
+    pub fn expected(&self, most: usize) -> usize {
+        let state = self.0.state.borrow();
+        let length = state.source.size_hint().exact().map(usize::try_from);
+        length.and_then(Result::ok).map_or(most, |length| length.min(most))
     }
 
     /// Whether the client's stream came to its end.

@@ -15,7 +15,7 @@ use crate::{
     config,
     decide::{self, balance::PeakEwma},
     discovery::Observer,
-    telemetry,
+    telemetry::metrics::{NodeCells, Shard},
     topology::{Topology, watch},
     upstream::{Gate, Limits, Upstreams},
 };
@@ -25,7 +25,7 @@ use crate::{
 pub struct Load {
     latency: Cell<PeakEwma>,
     /// Its counters.
-    pub(super) cells: Rc<telemetry::NodeCells>,
+    pub(super) cells: Arc<NodeCells>,
 }
 
 impl Load {
@@ -61,7 +61,7 @@ pub(super) struct Cluster {
     pub(super) budget: RefCell<decide::budget::Budget>,
     upstreams: Upstreams<RequestBody, Load>,
     turn: Cell<usize>,
-    shard: Rc<telemetry::Shard>,
+    shard: Arc<Shard>,
 }
 
 impl Cluster {
@@ -69,7 +69,7 @@ impl Cluster {
         index: usize,
         config: config::cluster::Cluster,
         shared: Shared,
-        shard: Rc<telemetry::Shard>,
+        shard: Arc<Shard>,
         workers: usize,
         now: Instant,
     ) -> Self {
@@ -109,7 +109,7 @@ impl Cluster {
         let topology = reader.latest();
         self.upstreams.follow(topology, |node| Load {
             latency: Cell::new(PeakEwma::default()),
-            cells: self.shard.node(self.index, node),
+            cells: self.shard.node(self.index, &node.name),
         });
         let turn = self.turn.get();
         self.turn.set(turn.wrapping_add(1));

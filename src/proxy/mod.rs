@@ -1,5 +1,729 @@
-//! A request becomes a response.
+//! A request becomes a response: the walk, and all its IO.
+//!
+//! [`Proxy::call`] is the function to read first. [`Proxy::answer`] is the walk itself, in the
+//! words of design section 4: route, classify, then choose, attempt and decide what follows,
+//! until there is an answer to relay or a [`Problem`].
+
+use std::{rc::Rc, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{
+    HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery,
+};
+use http_body::Body as _;
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use smallvec::SmallVec;
+use tokio::time::{Instant, timeout};
+
+use self::{
+    account::{Account, Facts},
+    attempt::{Connected, Node, Places, Trouble, Try},
+    body::{Budget, Upload},
+    cluster::Cluster,
+    headers::{Extra, Peer},
+    relay::Own,
+};
+pub use self::{cluster::Shared, hold::Hold, relay::ResponseBody};
+use crate::{
+    config::Config,
+    decide::{
+        self, Attempt, Cause, Class, Ended, Failure, FailureKind, History, HoldFor, Problem,
+        choose::Choice,
+        next::{Next, Outcome},
+        replay::{self, Form, Replay, ReplayError},
+        route::Head,
+    },
+    server::{self, ClientFault, Conn, Origin},
+    telemetry::{
+        access_log::{Line, Sink, Tried},
+        metrics::{HoldOutcome, ReplayOutcome, Shard},
+    },
+    topology::{NodeId, PrimaryGap, Role, Saw, Source, Topology},
+};
+
+mod account;
+mod attempt;
 mod body;
+mod cluster;
 mod headers;
 mod hold;
+mod relay;
 mod upgrade;
+
+/// The data plane of one worker, for one configuration.
+#[derive(Debug)]
+pub struct Proxy {
+    config: Arc<Config>,
+    clusters: Vec<Cluster>,
+    shard: Arc<Shard>,
+    log: Option<Rc<Sink>>,
+    /// Of `limits.replay_bytes`, this worker's share.
+    kept: Rc<Budget>,
+    /// `1.1 litegate-…`: this instance among those that a request passes.
+    via: HeaderValue,
+    /// `litegate-…`
+    instance: Arc<str>,
+}
+
+/// A client, for as long as it is connected.
+#[derive(Debug)]
+pub struct Client {
+    peer: Peer,
+    origin: Origin,
+    shard: Arc<Shard>,
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.shard.connection_closed(self.origin.listener);
+    }
+}
+
+/// What a worker's proxy is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// For each of its clusters.
+    pub clusters: Vec<Shared>,
+    /// This worker's cells.
+    pub shard: Arc<Shard>,
+    /// This worker's end of the access log.
+    pub log: Option<Rc<Sink>>,
+    /// The process's name among proxies.
+    pub instance: Arc<str>,
+}
+
+impl Proxy {
+    /// For one worker.
+    pub fn new(parts: Parts) -> Self {
+        let Parts { config, clusters, shard, log, instance } = parts;
+        let workers = config.server.workers.get();
+        let now = Instant::now();
+        let clusters = config.clusters.iter().zip(clusters).enumerate();
+        let clusters = clusters.map(|(index, (cluster, shared))| {
+            Cluster::new(index, cluster.clone(), shared, Arc::clone(&shard), workers, now)
+        });
+        Self {
+            clusters: clusters.collect(),
+            kept: Budget::new(config.limits.replay_bytes / workers),
+            // The instance is a token by construction.
+            via: HeaderValue::from_str(&format!("1.1 {instance}"))
+                .unwrap_or_else(|_| HeaderValue::from_static("1.1 litegate")),
+            config,
+            shard,
+            log,
+            instance,
+        }
+    }
+
+    /// Closes what has been idle for too long and hands over what waits to be logged. To be
+    /// called about once a second.
+    pub fn tidy(&self) {
+        let now = Instant::now();
+        self.clusters.iter().for_each(|cluster| cluster.prune(now));
+        self.shard.replay_buffer.set(self.kept.used() as u64);
+        if let Some(log) = &self.log {
+            log.flush();
+        }
+    }
+
+    /// A client connected.
+    pub fn client(&self, origin: Origin) -> Client {
+        self.shard.connection_opened(origin.listener);
+        let trusted = self
+            .config
+            .listeners
+            .get(origin.listener)
+            .is_some_and(|listener| listener.trusts(origin.peer.ip()));
+        let peer = Peer::new(origin.peer, origin.local, trusted);
+        Client { peer, origin, shard: Arc::clone(&self.shard) }
+    }
+
+    /// The client sent nothing that could be answered.
+    pub fn refused(&self, fault: ClientFault) {
+        self.shard.problem(match fault {
+            ClientFault::Malformed => Problem::Malformed,
+            ClientFault::HeadTooLarge => Problem::HeadTooLarge,
+            ClientFault::UriTooLong => Problem::UriTooLong,
+            ClientFault::HeadTimeout => Problem::HeadTimeout,
+            ClientFault::Stalled => Problem::BodyTimeout,
+        });
+    }
+
+    /// Answers one request. Whatever happens inside is accounted for here, once.
+    pub async fn call(
+        &self,
+        client: &Client,
+        conn: &Rc<Conn>,
+        request: Request<Incoming>,
+    ) -> Response<ResponseBody> {
+        let (parts, body) = request.into_parts();
+        let line = self.log.as_ref().map(|_| Line::of(&parts.uri, parts.version, &parts.headers));
+        let html = relay::prefers_html(&parts.headers);
+        let mut walk = Walk {
+            client,
+            conn,
+            method: parts.method,
+            uri: parts.uri,
+            version: parts.version,
+            headers: parts.headers,
+            upload: None,
+            tries: SmallVec::new(),
+            cluster: None,
+            route: None,
+            request: None,
+            held: Duration::ZERO,
+            host: None,
+            upgrade: false,
+        };
+        let answer = self.answer(&mut walk, body).await;
+        let received = walk.upload.as_ref().map_or(0, Upload::received);
+        let mut facts = Facts {
+            method: walk.method,
+            line,
+            cluster: walk.cluster.map(|cluster| (cluster.index, Arc::clone(&cluster.config.name))),
+            route: walk.route,
+            class: walk.request.map(|request| request.class),
+            because: walk.request.map(|request| request.because),
+            tries: walk.tries,
+            held: walk.held,
+            status: StatusCode::OK,
+            problem: None,
+            received,
+        };
+        let log = self.log.clone();
+        match answer {
+            Ok(Answer { response, mut connected, idle }) => {
+                if response.body().is_end_stream() {
+                    // Nobody will ask for a frame of it.
+                    std::future::poll_fn(|cx| std::task::Poll::Ready(connected.finish(cx))).await;
+                }
+                facts.status = response.status();
+                let account = Account::new(Rc::clone(conn), Arc::clone(&self.shard), log, facts);
+                let until_close = walk.version == Version::HTTP_10
+                    && !response.headers().contains_key(header::CONTENT_LENGTH);
+                response.map(|incoming| {
+                    ResponseBody::node(incoming, connected, idle, until_close, account)
+                })
+            }
+            Err(problem) => {
+                facts.status = problem.status();
+                facts.problem = Some(problem);
+                let last = facts.tries.last().map(|tried| Arc::clone(&tried.node));
+                let detail = last.map(|node| format!("{} on {node}", problem.as_str()));
+                let account = Account::new(Rc::clone(conn), Arc::clone(&self.shard), log, facts);
+                let own = Own {
+                    problem,
+                    detail: detail.as_deref(),
+                    html,
+                    instance: &self.instance,
+                    close: conn.is_draining(),
+                };
+                let (response, body) = own.render();
+                response.map(|()| ResponseBody::own(body, account))
+            }
+        }
+    }
+
+    /// The walk of one request, from its head to an answer.
+    async fn answer<'p>(&'p self, walk: &mut Walk<'p>, body: Incoming) -> Result<Answer, Problem> {
+        self.inspect(walk)?;
+        let host = walk.host.as_ref().and_then(|host| host.to_str().ok());
+        let head = Head {
+            method: &walk.method,
+            host,
+            path: walk.uri.path(),
+            headers: &walk.headers,
+            trusted: walk.client.peer.trusted,
+            upgrade: walk.upgrade,
+        };
+        let route = decide::route::route(&head, &self.config.routes).ok_or(Problem::NoRoute)?;
+        let mut cluster = self.clusters.get(route.cluster).ok_or(Problem::NoRoute)?;
+        walk.cluster = Some(cluster);
+        walk.route = route.index;
+        let now = Instant::now();
+        let request =
+            cluster.look(now, |topology, _| decide::classify::classify(&head, route, topology))?;
+        walk.request = Some(request);
+        cluster.budget.borrow_mut().request(now.into_std());
+        if !body.is_end_stream() {
+            let (conn, kept) = (Rc::clone(walk.conn), Rc::clone(&self.kept));
+            walk.upload = Some(Upload::new(body, conn, kept, cluster.config.replay.buffer));
+        }
+
+        let mut history = History::default();
+        let mut extra = Extra::default();
+        let mut cause = Cause::First;
+        let mut held: Option<hold::Place> = None;
+        let deadline = now + cluster.config.hold.timeout;
+        // Whoever comes while others wait goes behind them.
+        let mut wait =
+            (request.class == Class::Write && cluster.hold.is_busy()).then_some(HoldFor::Primary);
+        loop {
+            if let Some(hold) = wait.take() {
+                let began = Instant::now();
+                let result = self.hold(walk, cluster, &history, hold, deadline, &mut held).await;
+                let waited = began.elapsed();
+                walk.held += waited;
+                let outcome = match result {
+                    Ok(()) => HoldOutcome::Resumed,
+                    Err(Problem::HoldFull) => HoldOutcome::Overflow,
+                    Err(_) => HoldOutcome::Expired,
+                };
+                self.shard.held(cluster.index, outcome, waited);
+                result?;
+            }
+            let now = Instant::now();
+            let choice = cluster.look(now, |topology, loads| {
+                let chance = fastrand::u64(..);
+                let (rules, now) = (&cluster.rules, now.into_std());
+                let choice = decide::choose::choose(
+                    &request, topology, &history, rules, loads, chance, now,
+                )?;
+                Ok::<_, Problem>(match choice {
+                    Choice::Hold(hold) => Err(hold),
+                    Choice::Node { index, .. } => {
+                        let role = topology.nodes.get(index).map_or(Role::Unknown, |n| n.role);
+                        Ok((index, role))
+                    }
+                })
+            })?;
+            let (index, role) = match choice {
+                Ok(chosen) => chosen,
+                Err(hold) => {
+                    wait = Some(hold);
+                    continue;
+                }
+            };
+            // The snapshot was followed within `look`, and nothing ran in between.
+            let node = cluster.node(index).ok_or(Problem::Internal)?;
+            let mut tried = Attempt { node: node.id, role, cause, ended: Ended::Replayed };
+            let outcome = self.attempt(walk, cluster, &node, &request, &extra, &mut held).await;
+            let (response, connection, places, took) = match outcome {
+                Ok(arrived) => arrived,
+                Err(Trouble::Client(problem)) => return Err(problem),
+                Err(Trouble::Node(failure)) => {
+                    tried.ended = Ended::Failed(failure);
+                    walk.tried(&mut history, &node, tried);
+                    report(cluster, &node, failure);
+                    let next =
+                        self.next(walk, cluster, &request, &mut history, Outcome::Failed(failure))?;
+                    if history.fell_back {
+                        extra.replay_failed = Some(replay::failed(
+                            &node.name,
+                            &self.instance,
+                            "retries_exhausted",
+                            now.elapsed(),
+                        ));
+                    }
+                    match next {
+                        Next::Hold(hold) => wait = Some(hold),
+                        _ => self.shard.retried(cluster.index, request.class),
+                    }
+                    cause = Cause::Retry;
+                    continue;
+                }
+            };
+            node.load.answered(took, Instant::now());
+            node.load.cells.attempt(Ok(response.status()), took);
+            let connected = Connected::new(connection, Rc::clone(&node), places);
+
+            let form = replay::form(response.headers(), cluster.config.replay.json);
+            if form == Form::None || response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                tried.ended = Ended::Answered(response.status());
+                walk.tried(&mut history, &node, tried);
+                let outcome = Outcome::Answered(response.status());
+                match self.next(walk, cluster, &request, &mut history, outcome)? {
+                    Next::Relay => return Ok(self.relay(walk, cluster, response, connected)),
+                    _ => {
+                        self.shard.retried(cluster.index, request.class);
+                        report_gateway(cluster, &node);
+                        cause = Cause::Retry;
+                        continue;
+                    }
+                }
+            }
+            let replay = read_replay(form, response, connected, &walk.method).await;
+            walk.tried(&mut history, &node, tried);
+            if let Ok(replay) = &replay {
+                hint(cluster, replay);
+            }
+            let outcome = Outcome::Replay(replay.as_ref().map_err(|error| *error));
+            let next = self.next(walk, cluster, &request, &mut history, outcome);
+            self.shard.replayed(
+                cluster.index,
+                match &next {
+                    Err(_) => ReplayOutcome::Refused,
+                    Ok(Next::Hold(_)) => ReplayOutcome::Held,
+                    Ok(_) => ReplayOutcome::Followed,
+                },
+            );
+            match next? {
+                Next::Hold(hold) => wait = Some(hold),
+                Next::OtherCluster => {
+                    let app = replay.as_ref().ok().and_then(|replay| replay.app.as_deref());
+                    cluster = self.named(app)?;
+                    walk.cluster = Some(cluster);
+                    history.attempts.clear();
+                    held = None;
+                }
+                _ => {}
+            }
+            if let Ok(replay) = &replay {
+                extra.replay_src = Some(source(&node, replay));
+            }
+            cause = Cause::Replay;
+        }
+    }
+
+    /// What can be said of a head without routes.
+    fn inspect(&self, walk: &mut Walk<'_>) -> Result<(), Problem> {
+        let target = walk.uri.path_and_query().map_or(0, |target| target.as_str().len());
+        if target > self.config.limits.uri_bytes {
+            return Err(Problem::UriTooLong);
+        }
+        if walk.method == Method::CONNECT {
+            return Err(Problem::MethodRefused);
+        }
+        let mut hosts = walk.headers.get_all(header::HOST).iter();
+        let host = hosts.next();
+        // RFC 9112 section 3.2: exactly one, with HTTP/1.1.
+        if hosts.next().is_some() || (host.is_none() && walk.version == Version::HTTP_11) {
+            return Err(Problem::Malformed);
+        }
+        walk.host = host.cloned();
+        if let Some(authority) = walk.uri.authority() {
+            // Absolute form: its authority outranks `Host`, and the node gets the origin form.
+            walk.host = HeaderValue::from_str(authority.as_str()).ok();
+            let asterisk = walk.method == Method::OPTIONS
+                && walk.uri.path_and_query().is_none_or(|target| target.as_str() == "/");
+            let target = match walk.uri.path_and_query() {
+                _ if asterisk => PathAndQuery::from_static("*"),
+                Some(target) => target.clone(),
+                None => PathAndQuery::from_static("/"),
+            };
+            walk.uri = Uri::from(target);
+        }
+        let via = self.via.as_bytes();
+        let passed = walk.headers.get_all(header::VIA).iter().any(|line| {
+            line.as_bytes().split(|byte| *byte == b',').any(|hop| hop.trim_ascii() == via)
+        });
+        if passed {
+            return Err(Problem::Loop);
+        }
+        walk.upgrade = walk.version == Version::HTTP_11 && headers::wants_upgrade(&walk.headers);
+        Ok(())
+    }
+
+    /// Waits for what `hold` says, in the order of arrival.
+    async fn hold(
+        &self,
+        walk: &Walk<'_>,
+        cluster: &Cluster,
+        history: &History,
+        hold: HoldFor,
+        deadline: Instant,
+        held: &mut Option<hold::Place>,
+    ) -> Result<(), Problem> {
+        let mut place = match held.take() {
+            Some(place) => place,
+            None => {
+                // What the body may take while it waits: no more than is kept of any.
+                let buffer = cluster.config.replay.buffer;
+                cluster
+                    .hold
+                    .join(walk.upload.as_ref().map_or(0, |upload| upload.expected(buffer)))?
+            }
+        };
+        let mut topology = cluster.topology.borrow().clone();
+        let not_before = match hold {
+            HoldFor::Primary => None,
+            HoldFor::Pause(length) => Some(Instant::now() + length),
+        };
+        let needs_primary = hold == HoldFor::Primary;
+        let ready = |topology: &Topology| !needs_primary || topology.primary.is_some();
+        let expired = |topology: &Topology| match (history.expired, topology.primary_gap) {
+            (Some(problem), _) => problem,
+            (None, PrimaryGap::SplitBrain) => Problem::SplitBrain,
+            (None, _) => Problem::NoPrimary,
+        };
+        place.wait(&mut topology, deadline, not_before, ready, expired).await?;
+        *held = Some(place);
+        Ok(())
+    }
+
+    /// Takes the places that an attempt needs and makes it.
+    async fn attempt(
+        &self,
+        walk: &Walk<'_>,
+        cluster: &Cluster,
+        node: &Rc<Node>,
+        request: &decide::Request,
+        extra: &Extra,
+        held: &mut Option<hold::Place>,
+    ) -> Result<
+        (Response<Incoming>, Box<crate::upstream::Connection<body::RequestBody>>, Places, Duration),
+        Trouble,
+    > {
+        let write = if request.class == Class::Write && !walk.upgrade {
+            let turn = match cluster.writes.try_enter() {
+                Some(place) => Ok(Ok(place)),
+                None => timeout(cluster.config.max_writes_wait, cluster.writes.enter()).await,
+            };
+            Some(turn.ok().and_then(Result::ok).ok_or(Trouble::Client(Problem::WritesFull))?)
+        } else {
+            None
+        };
+        let full = Failure { kind: FailureKind::NodeFull, written: false };
+        let place = match node.gate.try_enter() {
+            Some(place) => place,
+            None => {
+                let turn = timeout(cluster.config.max_writes_wait, node.gate.enter()).await;
+                turn.ok().and_then(Result::ok).ok_or(Trouble::Node(full))?
+            }
+        };
+        let timeouts = &cluster.config.timeouts;
+        let expects_continue =
+            walk.version == Version::HTTP_11 && headers::expects_continue(&walk.headers);
+        let this = Try {
+            conn: walk.conn,
+            upload: walk.upload.as_ref(),
+            expects_continue,
+            interim: walk.version == Version::HTTP_11,
+            connect: timeouts.connect,
+            response_header: timeouts.response_header,
+            idle: timeouts.idle,
+            body_idle: self.config.limits.body_idle,
+        };
+        let began = Instant::now();
+        let head = || {
+            let mut message = Request::new(());
+            *message.method_mut() = walk.method.clone();
+            *message.uri_mut() = walk.uri.clone();
+            let mut head = headers::upstream(
+                &walk.headers,
+                walk.host.as_ref(),
+                &walk.client.peer,
+                walk.upgrade,
+                &self.via,
+                extra,
+            );
+            if let Some(upload) = &walk.upload
+                && !upload.has_length()
+            {
+                // Without it hyper would take a GET to have no body.
+                head.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+            }
+            *message.headers_mut() = head;
+            message
+        };
+        let (response, connection) = attempt::run(&this, node, head).await?;
+        let places = Places { node: place, write, held: held.take() };
+        Ok((response, connection, places, began.elapsed()))
+    }
+
+    /// Asks what follows, with everything that the decision needs.
+    fn next(
+        &self,
+        walk: &Walk<'_>,
+        cluster: &Cluster,
+        request: &decide::Request,
+        history: &mut History,
+        outcome: Outcome<'_>,
+    ) -> Result<Next, Problem> {
+        let replayable = walk.upload.as_ref().is_none_or(Upload::is_replayable);
+        let may_retry = || {
+            let allowed = cluster.budget.borrow_mut().retry(Instant::now().into_std());
+            if !allowed {
+                self.shard.retry_refused(cluster.index);
+            }
+            allowed
+        };
+        let mut topology = cluster.topology.borrow_mut();
+        let topology = topology.latest();
+        decide::next::next(
+            request,
+            history,
+            outcome,
+            topology,
+            &cluster.next,
+            replayable,
+            may_retry,
+        )
+    }
+
+    /// Makes a node's answer the client's.
+    fn relay(
+        &self,
+        walk: &mut Walk<'_>,
+        cluster: &Cluster,
+        response: Response<Incoming>,
+        connected: Connected,
+    ) -> Answer {
+        let (mut parts, incoming) = response.into_parts();
+        let switching = parts.status == StatusCode::SWITCHING_PROTOCOLS && walk.upgrade;
+        headers::downstream(&mut parts.headers, switching, cluster.config.replay.pass, &self.via);
+        if let Some(upload) = &walk.upload {
+            upload.settle();
+        }
+        let mut connected = connected;
+        if switching {
+            let protocol = parts.headers.contains_key(header::UPGRADE);
+            debug_assert!(protocol, "a 101 names its protocol");
+            connected = self.tunnel(walk, cluster, connected);
+        } else if walk.conn.is_draining() {
+            parts.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        parts.version = Version::HTTP_11;
+        let idle = cluster.config.timeouts.idle;
+        Answer { response: Response::from_parts(parts, incoming), connected, idle }
+    }
+
+    /// After the 101 the two sockets are joined.
+    fn tunnel(&self, walk: &Walk<'_>, cluster: &Cluster, mut connected: Connected) -> Connected {
+        let idle = cluster.config.timeouts.tunnel_idle;
+        let shard = Arc::clone(&self.shard);
+        if let Some(connection) = connected.take_connection() {
+            walk.conn.take_over(Box::new(move |client, ahead| {
+                Box::pin(async move {
+                    shard.tunnels.add(1);
+                    let (node, first) = connection.into_stream().await;
+                    upgrade::join(client, ahead, node, first, idle).await;
+                    shard.tunnels.sub(1);
+                })
+            }));
+        }
+        connected
+    }
+
+    fn named(&self, app: Option<&str>) -> Result<&Cluster, Problem> {
+        let app = app.ok_or(Problem::ReplayTarget)?;
+        let mut all = self.clusters.iter();
+        all.find(|cluster| cluster.config.name.eq_ignore_ascii_case(app))
+            .ok_or(Problem::ReplayTarget)
+    }
+}
+
+/// Everything about one request that outlives a turn of the loop.
+struct Walk<'p> {
+    client: &'p Client,
+    conn: &'p Rc<Conn>,
+    method: Method,
+    /// In origin form.
+    uri: Uri,
+    version: Version,
+    /// As the client sent them.
+    headers: http::HeaderMap,
+    host: Option<HeaderValue>,
+    upgrade: bool,
+    upload: Option<Upload>,
+    cluster: Option<&'p Cluster>,
+    route: Option<usize>,
+    request: Option<decide::Request>,
+    tries: SmallVec<[Tried; 2]>,
+    held: Duration,
+}
+
+impl Walk<'_> {
+    fn tried(&mut self, history: &mut History, node: &Rc<Node>, attempt: Attempt) {
+        history.attempts.push(attempt);
+        let Attempt { role, cause, ended, .. } = attempt;
+        self.tries.push(Tried { node: Arc::clone(&node.name), role, cause, ended });
+    }
+}
+
+/// A node's answer, ready for the client.
+struct Answer {
+    response: Response<Incoming>,
+    connected: Connected,
+    idle: Duration,
+}
+
+/// Tells discovery of a failed attempt.
+fn report(cluster: &Cluster, node: &Node, failure: Failure) {
+    node.load.cells.attempt(Err(failure.kind), Duration::ZERO);
+    let connect = matches!(failure.kind, FailureKind::ConnectRefused | FailureKind::ConnectTimeout);
+    if failure.kind != FailureKind::NodeFull && failure.kind != FailureKind::StaleConnection {
+        cluster.observer.observe(Saw::Failed { node: node.id, connect }, Source::Traffic);
+    }
+}
+
+/// Tells discovery of a gateway error.
+fn report_gateway(cluster: &Cluster, node: &Node) {
+    cluster.observer.observe(Saw::Failed { node: node.id, connect: false }, Source::Traffic);
+}
+
+/// The name in a replay is evidence of who is primary.
+fn hint(cluster: &Cluster, replay: &Replay) {
+    if let Some(name) = replay.instance.as_deref().filter(|name| !name.is_empty()) {
+        cluster.observer.observe(Saw::PrimaryHint(name.into()), Source::Replay);
+    }
+}
+
+/// `fly-replay-src` for the next attempt.
+fn source(node: &Node, replay: &Replay) -> HeaderValue {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let micros = now.map_or(0, |since| since.as_micros());
+    replay::src(&node.name, micros, replay.state.as_deref())
+}
+
+/// Reads what a node asks for, and lets go of its answer: the connection is kept where that is
+/// whole already.
+async fn read_replay(
+    form: Form,
+    response: Response<Incoming>,
+    mut connected: Connected,
+    method: &Method,
+) -> Result<Replay, ReplayError> {
+    let (parts, mut body) = response.into_parts();
+    if form == Form::Header {
+        if body.is_end_stream() {
+            std::future::poll_fn(|cx| std::task::Poll::Ready(connected.finish(cx))).await;
+        }
+        return replay::from_head(&parts.headers);
+    }
+    if *method == Method::HEAD {
+        return match parts.headers.contains_key(&replay::FLY_REPLAY) {
+            true => replay::from_head(&parts.headers),
+            false => Err(ReplayError::NoBody),
+        };
+    }
+    let mut json = Vec::new();
+    loop {
+        let frame = std::future::poll_fn(|cx| {
+            let first = std::pin::Pin::new(&mut body).poll_frame(cx);
+            if first.is_ready() {
+                return first;
+            }
+            connected.poll(cx);
+            std::pin::Pin::new(&mut body).poll_frame(cx)
+        });
+        match timeout(JSON_WAIT, frame).await {
+            Ok(Some(Ok(frame))) => {
+                if let Some(data) = frame.data_ref() {
+                    json.extend_from_slice(data);
+                }
+                if json.len() > replay::JSON_BYTES {
+                    return Err(ReplayError::TooLong);
+                }
+            }
+            Ok(None) => break,
+            Ok(Some(Err(_))) | Err(_) => return Err(ReplayError::BadJson),
+        }
+    }
+    let encoded = parts
+        .headers
+        .get(header::CONTENT_ENCODING)
+        .is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"));
+    match replay::from_json(&json, encoded)? {
+        // To obey some of what is asked for and not the rest would send another request than the
+        // app meant.
+        Replay { transform: Some(_), .. } => Err(ReplayError::BadTransform),
+        replay => Ok(replay),
+    }
+}
+
+/// How long the JSON of a replay may take.
+const JSON_WAIT: Duration = Duration::from_secs(5);

@@ -46,7 +46,7 @@ struct NodeBody {
 impl ResponseBody {
     /// An answer of litegate's own.
     pub fn own(body: Bytes, account: Account) -> Self {
-        Self { source: Source::Own(Some(body).filter(|body| !body.is_empty())), account }
+        Self::new(Source::Own(Some(body).filter(|body| !body.is_empty())), account)
     }
 
     /// What the node sends, over the connection on which its head came.
@@ -59,7 +59,15 @@ impl ResponseBody {
     ) -> Self {
         let progress = Instant::now();
         let body = NodeBody { incoming, connected, idle, progress, ends_with_connection };
-        Self { source: Source::Node(Box::new(body)), account }
+        Self::new(Source::Node(Box::new(body)), account)
+    }
+
+    fn new(source: Source, account: Account) -> Self {
+        let this = Self { source, account };
+        if this.is_end_stream() {
+            this.account.completed();
+        }
+        this
     }
 }
 
@@ -213,7 +221,7 @@ impl Own<'_> {
     fn json(&self) -> Bytes {
         let problem = self.problem;
         let mut body = serde_json::json!({
-            "type": format!("https://litegate.dev/problems/{}", problem.as_str()),
+            "type": format!("urn:litegate:problem:{}", problem.as_str()),
             "title": problem.title(),
             "status": problem.status().as_u16(),
             "detail": problem.detail(),
