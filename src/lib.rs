@@ -6,6 +6,7 @@ pub mod app;
 pub mod cli;
 pub mod config;
 pub mod decide;
+pub mod demo;
 pub mod discovery;
 pub mod litefs;
 pub mod proxy;

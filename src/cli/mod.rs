@@ -1,1 +1,134 @@
-//! (to come)
+//! The command line: one file per command.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "commands speak to a terminal")]
+
+use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::config::{Config, load, units};
+
+mod check;
+mod explain;
+
+/// The configuration is wrong.
+const BAD_CONFIG: u8 = 3;
+
+/// A write-aware HTTP reverse proxy for clusters with one writer and many readers.
+#[derive(Debug, Parser)]
+#[command(
+    name = "litegate",
+    version,
+    after_help = "\
+Examples:
+  litegate demo                              a whole cluster in this process, to look at
+  litegate check -c litegate.toml            is the configuration right?
+  litegate explain POST /api/items           where would this go, and why?
+  litegate run -c litegate.toml              serve
+
+Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 wrong configuration.
+Every key can be set by the environment: LITEGATE__CLUSTER__APP__HOLD__TIMEOUT=25s"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve until SIGTERM; SIGHUP or a changed file reloads
+    Run {
+        #[command(flatten)]
+        file: File,
+    },
+    /// Say everything that is wrong with a configuration
+    Check {
+        #[command(flatten)]
+        file: File,
+        /// Also: do names resolve, do ports answer?
+        #[arg(long)]
+        online: bool,
+    },
+    /// Say where a request would go, and why, without sending it
+    Explain {
+        #[command(flatten)]
+        file: File,
+        /// Its method
+        method: String,
+        /// Its URL, or just a path
+        url: String,
+        /// A field of it, like `-H 'x-kind: query'`
+        #[arg(short = 'H', long = "header")]
+        headers: Vec<String>,
+    },
+    /// Print a JSON Schema of the configuration, for editors
+    Schema,
+    /// Run a three-node cluster and litegate in this process, and lose no write
+    Demo {
+        /// End after this long, with a summary; exit code 0 only if nothing was lost
+        #[arg(long, value_parser = units::duration)]
+        duration: Option<Duration>,
+    },
+    /// Print completions for a shell
+    Completions {
+        /// Which
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Where the configuration is.
+#[derive(Debug, clap::Args)]
+struct File {
+    /// The configuration file
+    #[arg(short, long, env = "LITEGATE_CONFIG", default_value = "/etc/litegate/litegate.toml")]
+    config: PathBuf,
+}
+
+impl File {
+    /// Loads it; says what is wrong otherwise.
+    fn load(&self) -> Result<Config, ExitCode> {
+        load::load(&self.config, std::env::vars()).map_err(|error| {
+            match &error {
+                load::LoadError::Wrong(faults) if is_coloured() => {
+                    eprintln!("{}", faults.coloured());
+                }
+                _ => eprintln!("{error}"),
+            }
+            ExitCode::from(BAD_CONFIG)
+        })
+    }
+}
+
+fn is_coloured() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Run { file } => file.load().map(|config| {
+            crate::telemetry::init_logging();
+            crate::app::run(file.config.clone(), config).unwrap_or_else(|error| {
+                eprintln!("error: {error}");
+                ExitCode::FAILURE
+            })
+        }),
+        Command::Check { file, online } => {
+            file.load().map(|config| check::check(&file.config, &config, online))
+        }
+        Command::Explain { file, method, url, headers } => {
+            file.load().map(|config| explain::explain(&config, &method, &url, &headers))
+        }
+        Command::Schema => {
+            println!("{:#}", crate::config::schema::schema());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Demo { duration } => Ok(crate::demo::run(duration)),
+        Command::Completions { shell } => {
+            let mut command = Arguments::command();
+            clap_complete::generate(shell, &mut command, "litegate", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    result.unwrap_or_else(|code| code)
+}

@@ -12,6 +12,7 @@ pub mod listener;
 pub mod load;
 mod reader;
 pub mod route;
+pub mod schema;
 pub mod server;
 pub mod units;
 

@@ -1,0 +1,100 @@
+//! A JSON Schema of the configuration, for editors that complete and check while one types.
+//!
+//! The loader says more, and with the cure: this is the shape only.
+
+use serde_json::{Value, json};
+
+/// The schema, draft 2020-12.
+pub fn schema() -> Value {
+    let duration = json!({ "type": "string", "pattern": "^[0-9.]+(ms|s|m|h)$" });
+    let size = json!({ "type": ["string", "integer"] });
+    let count = json!({ "type": "integer", "minimum": 0 });
+    let share = json!({ "type": "number", "minimum": 0, "maximum": 1 });
+    let text = json!({ "type": "string" });
+    let boolean = json!({ "type": "boolean" });
+    let texts = json!({ "type": ["string", "array"], "items": { "type": "string" } });
+    let words = |words: &[&str]| json!({ "enum": words });
+    let table = |properties: Value| json!({ "type": "object", "additionalProperties": false, "properties": properties });
+
+    let source = json!({
+        "type": "object",
+        "required": ["type"],
+        "properties": {
+            "type": words(&["litefs", "instance", "dns"]),
+            "port": count, "poll": duration, "name": text, "resolvers": texts,
+        },
+    });
+    let cluster = table(json!({
+        "port": { "type": "integer", "minimum": 1, "maximum": 65535 },
+        "members": {
+            "type": "object",
+            "required": ["type"],
+            "properties": {
+                "type": words(&["dns", "srv", "static"]),
+                "name": text,
+                "resolvers": texts,
+                "nodes": { "type": "array", "items": table(json!({ "name": text, "address": text, "api": text })) },
+            },
+        },
+        "primary": { "anyOf": [source, { "type": "array", "items": source }] },
+        "reads": words(&["prefer-replicas", "replicas", "all", "primary"]),
+        "balance": words(&["peak-ewma", "least-request", "round-robin", "random"]),
+        "prefer": words(&["any", "local"]),
+        "max_lag": duration, "soft_lag": duration, "slow_start": duration,
+        "max_writes": count, "max_writes_wait": duration,
+        "max_requests": count, "max_pending": count, "max_idle": count,
+        "timeouts": table(json!({
+            "connect": duration, "response_header": duration, "idle": duration,
+            "tunnel_idle": duration, "pool_idle": duration,
+        })),
+        "health": table(json!({
+            "path": text, "interval": duration, "timeout": duration, "eject_after": count,
+            "eject_base": duration, "eject_longest": duration, "eject_max": share,
+        })),
+        "retry": table(json!({
+            "on": texts, "attempts": count, "budget": share, "budget_min": count,
+        })),
+        "replay": table(json!({
+            "max_hops": count, "buffer": size, "json": boolean, "pass": boolean,
+            "primary_region": text,
+        })),
+        "hold": table(json!({
+            "timeout": duration, "max_requests": count, "max_bytes": size, "release": count,
+        })),
+        "consistency": table(json!({ "mode": words(&["off"]) })),
+        "durability": table(json!({ "replicas": words_of_zero(), "timeout": duration, "on_timeout": text })),
+    }));
+    let mut root = table(json!({
+        "server": table(json!({
+            "workers": { "anyOf": [{ "const": "auto" }, { "type": "integer", "minimum": 1 }] },
+            "drain": table(json!({ "delay": duration, "timeout": duration })),
+        })),
+        "listener": { "type": "array", "minItems": 1, "items": table(json!({
+            "address": text,
+            "protocols": { "type": "array", "items": { "const": "http/1.1" } },
+            "proxy_protocol": { "const": "off" },
+            "trusted_proxies": texts,
+        })) },
+        "admin": table(json!({ "address": text })),
+        "access_log": table(json!({ "format": words(&["text", "json", "off"]), "output": text })),
+        "limits": table(json!({
+            "header_bytes": size, "headers": count, "uri_bytes": size, "header_read": duration,
+            "idle": duration, "body_idle": duration, "connections": count, "replay_bytes": size,
+        })),
+        "cluster": { "type": "object", "minProperties": 1, "additionalProperties": cluster },
+        "route": { "type": "array", "items": table(json!({
+            "host": texts, "path": text, "path_exact": text, "path_glob": text, "method": texts,
+            "header": { "type": "array", "items": table(json!({ "name": text, "value": text })) },
+            "class": words(&["auto", "read", "write"]),
+            "cluster": text, "idempotent": boolean, "allow_trace": boolean,
+        })) },
+    }));
+    root["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
+    root["title"] = json!("litegate.toml");
+    root["required"] = json!(["listener", "cluster"]);
+    root
+}
+
+fn words_of_zero() -> Value {
+    json!({ "const": 0 })
+}
