@@ -27,6 +27,9 @@ const fn node_address(last: u8) -> IpAddr {
 /// The node that holds the static lease.
 pub(crate) const PRIMARY: usize = 0;
 
+/// What the temporary directories' names begin with; the test run's process id follows.
+const PREFIX: &str = "litegate-e2e-";
+
 /// How long LiteFS may take to mount, sync and start the app.
 const START: Duration = Duration::from_secs(30);
 
@@ -56,9 +59,9 @@ struct Node {
 impl Cluster {
     /// Starts three nodes, of which the first is primary, and waits until all of them serve.
     pub(crate) fn start() -> Self {
-        unmount_what_dead_runs_left();
+        remove_what_dead_runs_left();
         let directory = tempfile::Builder::new()
-            .prefix(&format!("litegate-e2e-{}-", std::process::id()))
+            .prefix(&format!("{PREFIX}{}-", std::process::id()))
             .tempdir()
             .expect("create a temporary directory");
         let ports = Ports {
@@ -247,15 +250,16 @@ fn unmount(mount: &Path) {
     }
 }
 
-/// A run that was itself killed can leave mounts under `/tmp/litegate-e2e-PID-*`.
-fn unmount_what_dead_runs_left() {
-    for mount in mounts() {
-        let owner = mount
-            .iter()
-            .filter_map(|part| part.to_str()?.strip_prefix("litegate-e2e-")?.split('-').next())
-            .next();
+/// A run that was itself killed can leave `litegate-e2e-PID-*` in the temporary directory, with
+/// dead mounts in it.
+fn remove_what_dead_runs_left() {
+    for entry in fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|n| n.strip_prefix(PREFIX)?.split('-').next());
         if owner.is_some_and(|id| !Path::new("/proc").join(id).exists()) {
-            unmount(&mount);
+            mounts().filter(|mount| mount.starts_with(entry.path())).for_each(|m| unmount(&m));
+            // Another test of this run may be at it too.
+            let _ = fs::remove_dir_all(entry.path());
         }
     }
 }

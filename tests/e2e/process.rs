@@ -18,8 +18,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// A child in a process group of its own, which goes with it: LiteFS takes its app along, as the
 /// end of a pod does.
 ///
-/// The kernel sends it SIGTERM when the thread that started it ends, so that not even a killed test
-/// run leaves a mount behind. Start processes on the test's own thread.
+/// The kernel kills it when the thread that started it ends, so that not even a killed test run
+/// leaves processes behind. Start processes on the test's own thread.
 #[derive(Debug)]
 pub(crate) struct Process {
     name: String,
@@ -32,7 +32,7 @@ impl Process {
     pub(crate) fn start(name: &str, program: &Path, args: &[&str], log: &Path) -> Self {
         let output = File::options().create(true).append(true).open(log).expect("open the log");
         let child = Command::new("setpriv")
-            .args(["--pdeathsig", "TERM", "--"])
+            .args(["--pdeathsig", "KILL", "--"])
             .arg(program)
             .args(args)
             .stdin(Stdio::null())

@@ -21,6 +21,7 @@ import (
 	"io"
 	"log"
 	"net/http"
+	"os"
 	"strings"
 	"time"
 
@@ -60,8 +61,17 @@ func main() {
 		}
 	}
 
+	go endWithParent()
 	log.Printf("%s listens on %s", *node, *addr)
 	log.Fatal(http.ListenAndServe(*addr, a))
+}
+
+// endWithParent leaves when LiteFS, which started this process, is gone, however it went.
+func endWithParent() {
+	for parent := os.Getppid(); os.Getppid() == parent; {
+		time.Sleep(100 * time.Millisecond)
+	}
+	log.Fatal("the parent process has ended")
 }
 
 func open(path string, connections int) *sql.DB {
