@@ -8,7 +8,7 @@ use std::{
 };
 
 /// Longer than any hold, shorter than a test run: a request that takes it has failed.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// What a request carries: `bytes` bytes that differ at every place, so that one that is missing,
 /// doubled or moved changes the sum.

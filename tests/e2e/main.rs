@@ -9,6 +9,7 @@
     clippy::disallowed_methods,
     reason = "the processes under test are real, and so is the time they take"
 )]
+#![expect(clippy::print_stderr, reason = "a failed test shows what its processes printed")]
 
 mod cluster;
 mod coredns;
