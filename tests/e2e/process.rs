@@ -91,7 +91,7 @@ impl Drop for Process {
         if thread::panicking() {
             let log = self.log();
             let lines: Vec<&str> = log.lines().collect();
-            let tail = &lines[lines.len().saturating_sub(30)..];
+            let tail = &lines[lines.len().saturating_sub(15)..];
             eprintln!("--- the end of {}'s log ---\n{}", self.name, tail.join("\n"));
         }
     }
