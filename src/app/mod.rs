@@ -20,7 +20,7 @@ use tokio::{
 
 use crate::{
     admin::{self, Admin},
-    config::{Config, listener::Listener, load},
+    config::{Config, listener::Listener},
     discovery::{self, Discovery},
     proxy::{Client, Hold, Parts, Proxy, Shared},
     server::{self, Accepting, ClientFault, Conn, Limits, Origin, drain, listener},
@@ -171,7 +171,7 @@ fn named(error: io::Error, what: &str, address: SocketAddr) -> io::Error {
 }
 
 fn address_of(sockets: &[std::net::TcpListener]) -> io::Result<SocketAddr> {
-    sockets.first().map_or_else(|| Err(io::Error::other("no socket")), |s| s.local_addr())
+    sockets.first().map_or_else(|| Err(io::Error::other("no socket")), std::net::TcpListener::local_addr)
 }
 
 /// `litegate run`: starts, then serves until a signal says otherwise, reloading on SIGHUP and

@@ -1,6 +1,6 @@
 //! Signals, and a configuration file that changes under us.
 //!
-//! Kubernetes swaps a ConfigMap by renaming a symlink beside the file (`..data`), so the directory
+//! Kubernetes swaps a `ConfigMap` by renaming a symlink beside the file (`..data`), so the directory
 //! is watched rather than the file, and the text is compared: whatever the event was, only another
 //! text is another configuration.
 
@@ -94,7 +94,7 @@ async fn reload(path: &std::path::Path, orders: &mpsc::Sender<Order>, metrics: &
     match answered.await {
         Ok(Ok(())) => tracing::info!("configuration reloaded"),
         Ok(Err(error)) => {
-            tracing::error!(%error, "configuration refused, the running one stays in force")
+            tracing::error!(%error, "configuration refused, the running one stays in force");
         }
         Err(_) => {}
     }

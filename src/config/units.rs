@@ -17,7 +17,7 @@ pub fn duration(text: &str) -> Result<Duration, &'static str> {
         _ => return Err(CURE),
     };
     let duration = Duration::try_from_secs_f64(number * seconds).map_err(|_| CURE)?;
-    if duration > Duration::from_secs(365 * 24 * 3600) {
+    if duration > Duration::from_hours(8760) {
         return Err("write at most a year, \"8760h\"");
     }
     // Whole milliseconds, so that 0.1 s is 100 ms and not a hair more or less.

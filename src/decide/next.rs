@@ -197,13 +197,10 @@ fn follow(
         history.target = None;
         return Ok(Next::OtherCluster);
     }
-    let target = match target(replay, topology, rules)? {
-        Some(target) => target,
-        None => {
-            history.expired = Some(Problem::ReplayTarget);
-            history.target = None;
-            return Ok(pause(history));
-        }
+    let target = if let Some(target) = target(replay, topology, rules)? { target } else {
+        history.expired = Some(Problem::ReplayTarget);
+        history.target = None;
+        return Ok(pause(history));
     };
     let named = match target {
         Target::Node(id) => Some(id),

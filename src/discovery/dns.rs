@@ -46,15 +46,12 @@ pub(super) async fn members(lookup: Lookup, port: Option<u16>, observer: Observe
             Some(port) => by_address(&resolver, &lookup.name, port).await,
             None => by_service(&resolver, &lookup.name).await,
         };
-        let pause = match found {
-            Some((members, ttl)) => {
-                observer.observe(Saw::Members(members), Source::Members);
-                jittered(ttl.clamp(SHORTEST, LONGEST))
-            }
-            None => {
-                observer.observe(Saw::MembersUnavailable, Source::Members);
-                jittered(AGAIN)
-            }
+        let pause = if let Some((members, ttl)) = found {
+            observer.observe(Saw::Members(members), Source::Members);
+            jittered(ttl.clamp(SHORTEST, LONGEST))
+        } else {
+            observer.observe(Saw::MembersUnavailable, Source::Members);
+            jittered(AGAIN)
         };
         let now = Instant::now();
         tokio::select! {
@@ -176,7 +173,7 @@ async fn by_address(
     let (v4, v6) =
         tokio::join!(resolver.lookup(name, RecordType::A), resolver.lookup(name, RecordType::AAAA));
     let both = [v4, v6];
-    let records = || both.iter().flatten().flat_map(|answer| answer.answers());
+    let records = || both.iter().flatten().flat_map(hickory_resolver::lookup::Lookup::answers);
     let mut members: Vec<Member> = records()
         .filter_map(ip_of)
         .filter(|ip| is_usable(*ip))

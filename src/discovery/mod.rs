@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use crate::{
-    config::cluster::{Cluster, Members, Prefer, RoleSource},
+    config::cluster::{Cluster, Members, Prefer, RoleSource, StaticNode},
     topology::{
         Change, Member, Observation, Presence, PrimaryName, Saw, Source, Topology, eject,
         reconcile::{Rules, State},
@@ -97,7 +97,21 @@ pub fn start(
         eject_max: cluster.health.eject_max,
         local: hostname.filter(|_| cluster.prefer == Prefer::Local),
     };
-    let state = State::new(rules, seed);
+    let mut state = State::new(rules, seed);
+    if let Members::Static(nodes) = &cluster.members {
+        // Known without asking anybody: the first request must not find an empty cluster.
+        let member = |node: &StaticNode| Member {
+            address: node.address,
+            name: Some(Arc::clone(&node.name)),
+        };
+        let saw = Saw::Members(nodes.iter().map(member).collect());
+        let now = Instant::now().into_std();
+        let listed = Observation { saw, source: Source::Members, at: now };
+        for change in state.observe(Some(&listed), now) {
+            record(&cluster.name, &change);
+            on_change(&change);
+        }
+    }
     let (publisher, reader) = watch::channel(state.topology().clone());
     let (sender, seen) = mpsc::channel(WAITING);
     let observer = Observer { sender, dropped: Arc::default(), refresh: Arc::new(Notify::new()) };
@@ -131,8 +145,9 @@ impl Fold {
         on_change: impl Fn(&Change) + Send,
     ) {
         self.start_sources();
+        self.watch_members();
         loop {
-            let never = Instant::now() + Duration::from_secs(3600);
+            let never = Instant::now() + Duration::from_hours(1);
             let deadline = self.state.deadline().map_or(never, Instant::from_std);
             let observation = tokio::select! {
                 observation = seen.recv() => match observation {
@@ -164,13 +179,7 @@ impl Fold {
     fn start_sources(&mut self) {
         let observer = &self.observer;
         match &self.cluster.members {
-            Members::Static(nodes) => {
-                let members = nodes.iter().map(|node| Member {
-                    address: node.address,
-                    name: Some(Arc::clone(&node.name)),
-                });
-                observer.observe(Saw::Members(members.collect()), Source::Members);
-            }
+            Members::Static(_) => {}
             Members::Dns(lookup) => {
                 let (lookup, port) = (lookup.clone(), self.cluster.port);
                 self.sources.spawn(dns::members(lookup, Some(port), observer.clone()));

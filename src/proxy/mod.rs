@@ -6,7 +6,6 @@
 
 use std::{rc::Rc, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use http::{
     HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery,
 };
@@ -34,12 +33,12 @@ use crate::{
         replay::{self, Form, Replay, ReplayError},
         route::Head,
     },
-    server::{self, ClientFault, Conn, Origin},
+    server::{ClientFault, Conn, Origin},
     telemetry::{
         access_log::{Line, Sink, Tried},
         metrics::{HoldOutcome, ReplayOutcome, Shard},
     },
-    topology::{NodeId, PrimaryGap, Role, Saw, Source, Topology},
+    topology::{PrimaryGap, Role, Saw, Source, Topology},
 };
 
 mod account;
@@ -198,7 +197,10 @@ impl Proxy {
             Ok(Answer { response, mut connected, idle }) => {
                 if response.body().is_end_stream() {
                     // Nobody will ask for a frame of it.
-                    std::future::poll_fn(|cx| std::task::Poll::Ready(connected.finish(cx))).await;
+                    std::future::poll_fn(|cx| {
+                        let _: () = connected.finish(cx);
+                        std::task::Poll::Ready(())
+                    }).await;
                 }
                 facts.status = response.status();
                 let account = Account::new(Rc::clone(conn), Arc::clone(&self.shard), log, facts);
@@ -335,14 +337,11 @@ impl Proxy {
                 tried.ended = Ended::Answered(response.status());
                 walk.tried(&mut history, &node, tried);
                 let outcome = Outcome::Answered(response.status());
-                match self.next(walk, cluster, &request, &mut history, outcome)? {
-                    Next::Relay => return Ok(self.relay(walk, cluster, response, connected)),
-                    _ => {
-                        self.shard.retried(cluster.index, request.class);
-                        report_gateway(cluster, &node);
-                        cause = Cause::Retry;
-                        continue;
-                    }
+                if self.next(walk, cluster, &request, &mut history, outcome)? == Next::Relay { return Ok(self.relay(walk, cluster, response, connected)) } else {
+                    self.shard.retried(cluster.index, request.class);
+                    report_gateway(cluster, &node);
+                    cause = Cause::Retry;
+                    continue;
                 }
             }
             let replay = read_replay(form, response, connected, &walk.method).await;
@@ -427,15 +426,12 @@ impl Proxy {
         deadline: Instant,
         held: &mut Option<hold::Place>,
     ) -> Result<(), Problem> {
-        let mut place = match held.take() {
-            Some(place) => place,
-            None => {
-                // What the body may take while it waits: no more than is kept of any.
-                let buffer = cluster.config.replay.buffer;
-                cluster
-                    .hold
-                    .join(walk.upload.as_ref().map_or(0, |upload| upload.expected(buffer)))?
-            }
+        let mut place = if let Some(place) = held.take() { place } else {
+            // What the body may take while it waits: no more than is kept of any.
+            let buffer = cluster.config.replay.buffer;
+            cluster
+                .hold
+                .join(walk.upload.as_ref().map_or(0, |upload| upload.expected(buffer)))?
         };
         let mut topology = cluster.topology.borrow().clone();
         let not_before = match hold {
@@ -477,12 +473,9 @@ impl Proxy {
             None
         };
         let full = Failure { kind: FailureKind::NodeFull, written: false };
-        let place = match node.gate.try_enter() {
-            Some(place) => place,
-            None => {
-                let turn = timeout(cluster.config.max_writes_wait, node.gate.enter()).await;
-                turn.ok().and_then(Result::ok).ok_or(Trouble::Node(full))?
-            }
+        let place = if let Some(place) = node.gate.try_enter() { place } else {
+            let turn = timeout(cluster.config.max_writes_wait, node.gate.enter()).await;
+            turn.ok().and_then(Result::ok).ok_or(Trouble::Node(full))?
         };
         let timeouts = &cluster.config.timeouts;
         let expects_continue =
@@ -680,15 +673,15 @@ async fn read_replay(
     let (parts, mut body) = response.into_parts();
     if form == Form::Header {
         if body.is_end_stream() {
-            std::future::poll_fn(|cx| std::task::Poll::Ready(connected.finish(cx))).await;
+            std::future::poll_fn(|cx| {
+                connected.finish(cx);
+                std::task::Poll::Ready(())
+            }).await;
         }
         return replay::from_head(&parts.headers);
     }
     if *method == Method::HEAD {
-        return match parts.headers.contains_key(&replay::FLY_REPLAY) {
-            true => replay::from_head(&parts.headers),
-            false => Err(ReplayError::NoBody),
-        };
+        return if parts.headers.contains_key(&replay::FLY_REPLAY) { replay::from_head(&parts.headers) } else { Err(ReplayError::NoBody) };
     }
     let mut json = Vec::new();
     loop {

@@ -2,7 +2,6 @@
 
 use std::{
     pin::Pin,
-    rc::Rc,
     task::{Context, Poll},
     time::Duration,
 };

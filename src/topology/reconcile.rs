@@ -31,7 +31,7 @@ const SILENT_GRACE: Duration = Duration::from_secs(1);
 /// How long a name learned from a replay counts.
 const HINT_LIFE: Duration = Duration::from_secs(30);
 /// How long a node that is no longer listed is remembered.
-const DRAIN_GRACE: Duration = Duration::from_secs(60);
+const DRAIN_GRACE: Duration = Duration::from_mins(1);
 /// Members of one cluster. More are ignored: a listing of thousands is a mistake.
 const MEMBERS: usize = 256;
 
@@ -380,19 +380,16 @@ impl State {
                 nodes.iter().find(|n| n.id == id).map(|n| Arc::clone(&n.name))
             };
             let from = old.primary.and_then(|id| name(&old.nodes, id));
-            match primary.and_then(|id| name(&nodes, id)) {
-                Some(to) => {
-                    term += 1;
-                    let gap = self.gap_since.take().map_or(Duration::ZERO, |since| now - since);
-                    let from = from.or_else(|| self.gap_from.take());
-                    changes.push(Change::Primary { from, to, term, gap });
-                }
-                None => {
-                    self.gap_since = Some(now);
-                    self.gap_from.clone_from(&from);
-                    if let Some(from) = from {
-                        changes.push(Change::PrimaryLost { from, why: gap });
-                    }
+            if let Some(to) = primary.and_then(|id| name(&nodes, id)) {
+                term += 1;
+                let gap = self.gap_since.take().map_or(Duration::ZERO, |since| now - since);
+                let from = from.or_else(|| self.gap_from.take());
+                changes.push(Change::Primary { from, to, term, gap });
+            } else {
+                self.gap_since = Some(now);
+                self.gap_from.clone_from(&from);
+                if let Some(from) = from {
+                    changes.push(Change::PrimaryLost { from, why: gap });
                 }
             }
         }

@@ -6,7 +6,7 @@
 //! at an idle connection before it is used again: [`Connection::is_usable`].
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::Cell,
     future::{Future, poll_fn},
     io,
     net::SocketAddr,
