@@ -1,5 +1,9 @@
 //! litegate, a write-aware HTTP reverse proxy.
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    test,
+    allow(clippy::disallowed_methods, reason = "tests make points in time as test data")
+)]
 
 pub mod admin;
 pub mod app;

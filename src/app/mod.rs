@@ -171,7 +171,9 @@ fn named(error: io::Error, what: &str, address: SocketAddr) -> io::Error {
 }
 
 fn address_of(sockets: &[std::net::TcpListener]) -> io::Result<SocketAddr> {
-    sockets.first().map_or_else(|| Err(io::Error::other("no socket")), std::net::TcpListener::local_addr)
+    sockets
+        .first()
+        .map_or_else(|| Err(io::Error::other("no socket")), std::net::TcpListener::local_addr)
 }
 
 /// `litegate run`: starts, then serves until a signal says otherwise, reloading on SIGHUP and

@@ -620,17 +620,19 @@ fn route(mut section: Section, index: usize, clusters: &[Cluster]) -> Option<Rou
             section.missing("cluster", &wanted);
             None
         }
-        Some(value) => if let Kind::Text(name) = &value.kind {
-            let found = names.iter().position(|known| known == name);
-            if found.is_none() {
-                let message = format!("no cluster is called `{name}`");
-                section.fault(&value.place, message, "here".into(), Some(wanted));
+        Some(value) => {
+            if let Kind::Text(name) = &value.kind {
+                let found = names.iter().position(|known| known == name);
+                if found.is_none() {
+                    let message = format!("no cluster is called `{name}`");
+                    section.fault(&value.place, message, "here".into(), Some(wanted));
+                }
+                found
+            } else {
+                section.wrong("cluster", &value, "a cluster's name", None);
+                None
             }
-            found
-        } else {
-            section.wrong("cluster", &value, "a cluster's name", None);
-            None
-        },
+        }
     };
     let cluster = cluster?;
     let index = Some(index);

@@ -197,7 +197,9 @@ fn follow(
         history.target = None;
         return Ok(Next::OtherCluster);
     }
-    let target = if let Some(target) = target(replay, topology, rules)? { target } else {
+    let target = if let Some(target) = target(replay, topology, rules)? {
+        target
+    } else {
         history.expired = Some(Problem::ReplayTarget);
         history.target = None;
         return Ok(pause(history));

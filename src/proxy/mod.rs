@@ -200,7 +200,8 @@ impl Proxy {
                     std::future::poll_fn(|cx| {
                         let _: () = connected.finish(cx);
                         std::task::Poll::Ready(())
-                    }).await;
+                    })
+                    .await;
                 }
                 facts.status = response.status();
                 let account = Account::new(Rc::clone(conn), Arc::clone(&self.shard), log, facts);
@@ -337,7 +338,9 @@ impl Proxy {
                 tried.ended = Ended::Answered(response.status());
                 walk.tried(&mut history, &node, tried);
                 let outcome = Outcome::Answered(response.status());
-                if self.next(walk, cluster, &request, &mut history, outcome)? == Next::Relay { return Ok(self.relay(walk, cluster, response, connected)) } else {
+                if self.next(walk, cluster, &request, &mut history, outcome)? == Next::Relay {
+                    return Ok(self.relay(walk, cluster, response, connected));
+                } else {
                     self.shard.retried(cluster.index, request.class);
                     report_gateway(cluster, &node);
                     cause = Cause::Retry;
@@ -426,12 +429,12 @@ impl Proxy {
         deadline: Instant,
         held: &mut Option<hold::Place>,
     ) -> Result<(), Problem> {
-        let mut place = if let Some(place) = held.take() { place } else {
+        let mut place = if let Some(place) = held.take() {
+            place
+        } else {
             // What the body may take while it waits: no more than is kept of any.
             let buffer = cluster.config.replay.buffer;
-            cluster
-                .hold
-                .join(walk.upload.as_ref().map_or(0, |upload| upload.expected(buffer)))?
+            cluster.hold.join(walk.upload.as_ref().map_or(0, |upload| upload.expected(buffer)))?
         };
         let mut topology = cluster.topology.borrow().clone();
         let not_before = match hold {
@@ -473,7 +476,9 @@ impl Proxy {
             None
         };
         let full = Failure { kind: FailureKind::NodeFull, written: false };
-        let place = if let Some(place) = node.gate.try_enter() { place } else {
+        let place = if let Some(place) = node.gate.try_enter() {
+            place
+        } else {
             let turn = timeout(cluster.config.max_writes_wait, node.gate.enter()).await;
             turn.ok().and_then(Result::ok).ok_or(Trouble::Node(full))?
         };
@@ -676,12 +681,17 @@ async fn read_replay(
             std::future::poll_fn(|cx| {
                 connected.finish(cx);
                 std::task::Poll::Ready(())
-            }).await;
+            })
+            .await;
         }
         return replay::from_head(&parts.headers);
     }
     if *method == Method::HEAD {
-        return if parts.headers.contains_key(&replay::FLY_REPLAY) { replay::from_head(&parts.headers) } else { Err(ReplayError::NoBody) };
+        return if parts.headers.contains_key(&replay::FLY_REPLAY) {
+            replay::from_head(&parts.headers)
+        } else {
+            Err(ReplayError::NoBody)
+        };
     }
     let mut json = Vec::new();
     loop {

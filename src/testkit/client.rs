@@ -74,7 +74,7 @@ impl Conn {
     }
 
     async fn more(&mut self) -> io::Result<bool> {
-        let mut buffer = [0; 16 << 10];
+        let mut buffer = vec![0; 16 << 10];
         let n = self.stream.read(&mut buffer).await?;
         self.ahead.extend_from_slice(buffer.get(..n).unwrap_or_default());
         Ok(n > 0)

@@ -40,7 +40,7 @@ impl Wire {
     }
 
     async fn more(&mut self) -> bool {
-        let mut buffer = [0; 16 << 10];
+        let mut buffer = vec![0; 16 << 10];
         match self.stream.read(&mut buffer).await {
             Ok(n) if n > 0 => {
                 self.ahead.extend_from_slice(buffer.get(..n).unwrap_or_default());
