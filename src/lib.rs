@@ -2,7 +2,12 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(
     test,
-    allow(clippy::disallowed_methods, reason = "tests make points in time as test data")
+    allow(
+        clippy::disallowed_methods,
+        clippy::duration_suboptimal_units,
+        clippy::unchecked_time_subtraction,
+        reason = "tests make points in time as test data"
+    )
 )]
 
 pub mod admin;

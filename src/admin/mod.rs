@@ -4,6 +4,7 @@
 
 use std::{
     convert::Infallible,
+    fmt::Write as _,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -105,7 +106,7 @@ impl Admin {
             "/" => {
                 let mut page = String::from("litegate\n\n");
                 for (path, what) in PATHS {
-                    page.push_str(&format!("{path:16}{what}\n"));
+                    let _ = writeln!(page, "{path:16}{what}");
                 }
                 text(StatusCode::OK, "text/plain", page)
             }

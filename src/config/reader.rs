@@ -140,10 +140,6 @@ impl Section {
         self.faults.borrow_mut().push(Diagnostic { message, place, label, help });
     }
 
-    pub(super) fn faults(&self) -> &Faults {
-        &self.faults
-    }
-
     pub(super) fn take(&mut self, key: &'static str) -> Option<Value> {
         self.known.push(key);
         let index = self.entries.iter().position(|entry| entry.key == key)?;

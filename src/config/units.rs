@@ -1,5 +1,11 @@
 //! Durations and sizes as operators write them: `"250ms"`, `"64KiB"`.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the ranges are checked before the casts"
+)]
+
 use std::time::Duration;
 
 /// Reads `250ms`, `1.5s`, `2m`, `1h`.

@@ -105,7 +105,6 @@ pub(super) fn pick(
 }
 
 /// A number below `n` from 32 random bits, without division.
-#[expect(clippy::cast_possible_truncation, reason = "the shift leaves a number below n")]
 fn below(chance: u64, n: usize) -> usize {
     (((chance & 0xffff_ffff) * n as u64) >> 32) as usize
 }

@@ -194,7 +194,8 @@ impl View<'_> {
         let well = |node: &Node| node.is_healthy(self.now);
         let fresh = |node: &Node| node.freshness == Freshness::Fresh;
         let near = |node: &Node| node.freshness != Freshness::TooFar;
-        let tiers: [(Why, &dyn Fn(&Node) -> bool); 7] = [
+        type Tier<'t> = (Why, &'t dyn Fn(&Node) -> bool);
+        let tiers: [Tier<'_>; 7] = [
             (Why::Local, &|n| {
                 self.rules.prefer == Prefer::Local
                     && n.local

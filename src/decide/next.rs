@@ -197,9 +197,7 @@ fn follow(
         history.target = None;
         return Ok(Next::OtherCluster);
     }
-    let target = if let Some(target) = target(replay, topology, rules)? {
-        target
-    } else {
+    let Some(target) = target(replay, topology, rules)? else {
         history.expired = Some(Problem::ReplayTarget);
         history.target = None;
         return Ok(pause(history));

@@ -680,7 +680,8 @@ mod tests {
                 t.insert("path".into(), json!(path));
             }
             if !transform.delete_headers.is_empty() {
-                let names: Vec<_> = transform.delete_headers.iter().map(|n| n.as_str()).collect();
+                let names: Vec<_> =
+                    transform.delete_headers.iter().map(HeaderName::as_str).collect();
                 t.insert("delete_headers".into(), json!(names));
             }
             if !transform.set_headers.is_empty() {
@@ -736,10 +737,7 @@ mod tests {
                     };
                     let want = expect.get("src_state").map_or(state.clone(), text);
                     let value = src("a", 1, Some(&state));
-                    let value = value
-                        .to_str()
-                        .map(str::to_owned)
-                        .unwrap_or_else(|_| String::from_utf8(value.as_bytes().to_vec()).unwrap());
+                    let value = String::from_utf8(value.as_bytes().to_vec()).unwrap();
                     assert_eq!(value, format!("instance=a;t=1;state={want}"), "{id} {name}");
                 }
             }

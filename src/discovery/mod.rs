@@ -235,6 +235,14 @@ impl Fold {
             }
             self.watched.insert(address, tasks);
         }
+        // A configured name means nothing until an address has it.
+        let instances = self.cluster.primary.iter().filter_map(|source| match source {
+            RoleSource::Instance { name } => Some(Arc::clone(name)),
+            _ => None,
+        });
+        for name in instances.collect::<Vec<_>>() {
+            self.look_up(&name);
+        }
     }
 
     /// Where a member's LiteFS API is.

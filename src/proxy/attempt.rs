@@ -36,6 +36,7 @@ pub(super) struct Connected {
     connection: Option<Box<Connection<RequestBody>>>,
     pub(super) node: Rc<Node>,
     /// Kept until the answer is complete: the node is busy that long.
+    #[expect(dead_code, reason = "held until the answer is complete, never read")]
     places: Places,
 }
 

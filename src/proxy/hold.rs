@@ -255,7 +255,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::topology::{self, NodeId};
+    use crate::topology::NodeId;
 
     fn rules(max_requests: usize, release: usize) -> cluster::Hold {
         cluster::Hold { timeout: Duration::from_secs(30), max_requests, max_bytes: 1000, release }
@@ -277,7 +277,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_hold_ends_at_its_deadline() {
-        let (_publisher, topology) = topology::watch::channel(Topology::default());
+        let (_publisher, topology) = watch::channel(Topology::default());
         let began = Instant::now();
         let mut place = Hold::new(&rules(10, 1)).join(0).unwrap();
         assert_eq!(wait(&mut place, &topology).await, Err(Problem::NoPrimary));
@@ -286,7 +286,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn those_who_wait_leave_in_order_and_so_many_at_a_time() {
-        let (publisher, topology) = topology::watch::channel(Topology::default());
+        let (publisher, topology) = watch::channel(Topology::default());
         let hold = Hold::new(&rules(10, 2));
         let (left, mut order) = tokio::sync::mpsc::channel(10);
         let (finish, finished) = tokio::sync::watch::channel(0);
@@ -335,7 +335,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_has_to_wait_again_keeps_its_place() {
-        let (_publisher, topology) = topology::watch::channel(with_primary(1));
+        let (_publisher, topology) = watch::channel(with_primary(1));
         let hold = Hold::new(&rules(10, 1));
         let (mut first, mut second) = (hold.join(0).unwrap(), hold.join(0).unwrap());
         wait(&mut first, &topology).await.unwrap();

@@ -10,7 +10,6 @@ use http::{
     HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery,
 };
 use http_body::Body as _;
-use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use smallvec::SmallVec;
 use tokio::time::{Instant, timeout};
@@ -340,12 +339,11 @@ impl Proxy {
                 let outcome = Outcome::Answered(response.status());
                 if self.next(walk, cluster, &request, &mut history, outcome)? == Next::Relay {
                     return Ok(self.relay(walk, cluster, response, connected));
-                } else {
-                    self.shard.retried(cluster.index, request.class);
-                    report_gateway(cluster, &node);
-                    cause = Cause::Retry;
-                    continue;
                 }
+                self.shard.retried(cluster.index, request.class);
+                report_gateway(cluster, &node);
+                cause = Cause::Retry;
+                continue;
             }
             let replay = read_replay(form, response, connected, &walk.method).await;
             walk.tried(&mut history, &node, tried);

@@ -49,7 +49,7 @@ impl ResponseBody {
     }
 
     /// What the node sends, over the connection on which its head came.
-    pub fn node(
+    pub(super) fn node(
         incoming: Incoming,
         connected: Connected,
         idle: Duration,

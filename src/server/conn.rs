@@ -90,7 +90,10 @@ enum Phase {
 
 impl fmt::Debug for Conn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Conn").field("origin", &self.origin).field("phase", &self.phase).finish()
+        f.debug_struct("Conn")
+            .field("origin", &self.origin)
+            .field("phase", &self.phase)
+            .finish_non_exhaustive()
     }
 }
 

@@ -374,7 +374,7 @@ mod tests {
     use super::*;
 
     fn entry() -> Entry {
-        let mut head = http::HeaderMap::new();
+        let mut head = HeaderMap::new();
         head.insert("host", HeaderValue::from_static("abaci.one"));
         head.insert("user-agent", HeaderValue::from_bytes(b"evil\" \xff").unwrap());
         let target = "/kv/1?x=%0A".parse().unwrap();
@@ -384,7 +384,7 @@ mod tests {
             time: SystemTime::UNIX_EPOCH + Duration::from_millis(1_795_489_445_678),
             peer: "192.0.2.7:4711".parse().unwrap(),
             method: Method::POST,
-            line: Line::of(&target, http::Version::HTTP_11, &head),
+            line: Line::of(&target, Version::HTTP_11, &head),
             cluster: Some("abaci".into()),
             route: None,
             class: Some(Class::Write),

@@ -862,7 +862,9 @@ mod tests {
             sent: 20,
             problem: None,
         };
-        shards.iter().for_each(|shard| shard.request_finished(&finished));
+        for shard in &shards {
+            shard.request_finished(&finished);
+        }
         let page = metrics.render(&mut []);
         for line in [
             "litegate_http_requests_total{cluster=\"abaci\",class=\"write\",method=\"POST\",code=\"201\"} 2\n",

@@ -35,11 +35,13 @@ pub struct Record {
 }
 
 impl Record {
+    /// After an answer: everything is forgiven.
     #[must_use]
     pub fn answered(self) -> Self {
         Self::default()
     }
 
+    /// After a failure at `now`.
     #[must_use]
     pub fn failed(self, now: Instant, rules: &Rules) -> Self {
         if self.is_ejected(now) {
@@ -57,6 +59,7 @@ impl Record {
         }
     }
 
+    /// Whether it is out of balancing at `now`.
     pub fn is_ejected(&self, now: Instant) -> bool {
         self.until.is_some_and(|until| now < until)
     }

@@ -192,7 +192,7 @@ impl State {
                     changes.push(Change::Probed { node, healthy: *healthy });
                 }
             }
-            Saw::Failed { node, .. } => self.failed(*node, at, changes),
+            Saw::Failed { node, connect } => self.failed(*node, *connect, at, changes),
             Saw::Answered { node } => {
                 if let Some(known) = self.by_id(*node) {
                     known.node.record = known.node.record.answered();
@@ -321,7 +321,10 @@ impl State {
         }
     }
 
-    fn failed(&mut self, id: NodeId, at: Instant, changes: &mut Vec<Change>) {
+    /// A node that can't even be connected to is taken out at once, however many are: asking it
+    /// again costs every request a retry. Others have to fail in a row, and no more than
+    /// `eject_max` of the members go.
+    fn failed(&mut self, id: NodeId, connect: bool, at: Instant, changes: &mut Vec<Change>) {
         let members = self.nodes.values().filter(|n| n.node.presence == Presence::Member);
         let members = members.count();
         let healthy =
@@ -332,9 +335,11 @@ impl State {
         let is_primary = self.believed.primary == Some(id);
         let rules = self.rules.eject;
         let Some(known) = self.by_id(id) else { return };
-        let record = known.node.record.failed(at, &rules);
+        let strikes = if connect { rules.after.max(1) } else { 1 };
+        let failed = |record: eject::Record, _| record.failed(at, &rules);
+        let record = (0..strikes).fold(known.node.record, failed);
         let ejects = record.is_ejected(at) && !known.node.record.is_ejected(at);
-        if ejects && (!others || !share_left || is_primary) {
+        if ejects && (!others || !(share_left || connect) || is_primary) {
             // Taking it out would leave nobody, or nobody who can write.
             return;
         }
@@ -695,7 +700,7 @@ mod tests {
         for n in ["n1", "n2", "n3"] {
             for _ in 0..5 {
                 let node = cluster.state.topology().named(n).unwrap().id;
-                cluster.see(Saw::Failed { node, connect: true });
+                cluster.see(Saw::Failed { node, connect: false });
             }
         }
         let now = cluster.now;
@@ -703,6 +708,17 @@ mod tests {
             cluster.state.topology().nodes.iter().filter(|n| !n.is_healthy(now)).collect();
         assert_eq!(out.len(), 1, "half of three is one: {out:?}");
         assert_eq!(&*out[0].name, "n2");
+    }
+
+    #[test]
+    fn who_cannot_be_connected_to_is_out_at_once() {
+        let mut cluster = Cluster::of(3);
+        cluster.says(1, true, 1).says(2, false, 2).says(3, false, 3);
+        for n in ["n2", "n3"] {
+            let node = cluster.state.topology().named(n).unwrap().id;
+            cluster.see(Saw::Failed { node, connect: true });
+            assert!(!cluster.state.topology().named(n).unwrap().is_healthy(cluster.now), "{n}");
+        }
     }
 
     fn any_saw() -> impl Strategy<Value = (Saw, u64)> {

@@ -175,7 +175,7 @@ mod tests {
         let _inside = gate.try_enter().unwrap();
         let mut first = pin!(gate.enter());
         assert!(poll(first.as_mut()).is_pending());
-        assert_eq!(poll(pin!(gate.enter())).map(|r| r.err()), Poll::Ready(Some(Full)));
+        assert_eq!(poll(pin!(gate.enter())).map(Result::err), Poll::Ready(Some(Full)));
     }
 
     #[test]

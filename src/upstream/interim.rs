@@ -151,7 +151,9 @@ mod tests {
     fn sniff(pieces: &[&[u8]]) -> Sniffer {
         let sniffer = Sniffer::default();
         sniffer.begin();
-        pieces.iter().for_each(|piece| sniffer.see(piece));
+        for piece in pieces {
+            sniffer.see(piece);
+        }
         sniffer
     }
 
