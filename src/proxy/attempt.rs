@@ -193,6 +193,10 @@ async fn exchange(
         })
         .await;
     this.conn.set_deadline(None);
+    // Those that came in one read with the final head.
+    while let Some(head) = wire.next_interim().filter(|_| this.interim) {
+        this.conn.send_interim(head);
+    }
     if result.is_err() && this.upload.is_some_and(Upload::is_broken) {
         // Its framing was wrong, or it went away: the node's side of it says nothing.
         client = Some(Problem::Malformed);

@@ -178,6 +178,23 @@ impl Cluster {
         Ok(Self { world, places, _tasks: tasks })
     }
 
+    /// A cluster of nobody, to put in the place of one that is taken out of something.
+    pub fn empty() -> Self {
+        let world = World {
+            options: Options::default(),
+            state: Mutex::new(State {
+                primary: None,
+                nodes: Vec::new(),
+                ledger: BTreeMap::new(),
+                log: Vec::new(),
+                killed_at: None,
+            }),
+            changed: watch::channel(0).0,
+            served: Vec::new(),
+        };
+        Self { world: Arc::new(world), places: Vec::new(), _tasks: JoinSet::new() }
+    }
+
     /// Where the nodes are.
     pub fn places(&self) -> &[Place] {
         &self.places

@@ -1,0 +1,131 @@
+//! A litegate in this process, before a fake cluster.
+
+use std::net::SocketAddr;
+
+use litegate::{
+    app::{self, Running},
+    config::load,
+    testkit::{
+        Cluster, Options,
+        client::{self, Conn, Response},
+    },
+};
+
+/// Cluster and gate, stopped when dropped.
+pub(crate) struct Gate {
+    pub(crate) cluster: Cluster,
+    running: Option<Running>,
+}
+
+impl Gate {
+    /// With LiteFS's API as the source of roles.
+    pub(crate) async fn start() -> Self {
+        Self::with(Options::default(), r#"primary = { type = "litefs", poll = "100ms" }"#).await
+    }
+
+    /// With these keys of the cluster's section.
+    pub(crate) async fn with(options: Options, keys: &str) -> Self {
+        let cluster = Cluster::start(options).await.expect("loopback has ports");
+        let text = config(&cluster, keys);
+        let config =
+            load::parse("test.toml", &text, []).unwrap_or_else(|faults| panic!("{faults}"));
+        let running = app::start(config).expect("litegate starts");
+        let gate = Self { cluster, running: Some(running) };
+        if keys.contains("litefs") {
+            gate.until(|topology| topology.primary.is_some()).await;
+        }
+        gate
+    }
+
+    pub(crate) fn running(&self) -> &Running {
+        self.running.as_ref().expect("it runs until it is dropped")
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.running().listeners[0]
+    }
+
+    pub(crate) fn admin(&self) -> SocketAddr {
+        self.running().admin.expect("the admin listener is on")
+    }
+
+    /// Waits until what is believed is so.
+    pub(crate) async fn until(&self, so: impl Fn(&litegate::topology::Topology) -> bool) {
+        let mut reader = self.running().topologies[0].clone();
+        let wait = async {
+            loop {
+                let seen = reader.latest().generation;
+                if so(reader.latest()) {
+                    return;
+                }
+                reader.newer_than(seen).await.expect("discovery runs");
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(10), wait)
+            .await
+            .expect("it is believed in time");
+    }
+
+    pub(crate) async fn conn(&self) -> Conn {
+        Conn::open(self.address()).await.expect("litegate listens")
+    }
+
+    pub(crate) async fn send(&self, method: &str, target: &str, body: &[u8]) -> Response {
+        let response = client::request(self.address(), method, target, "", body).await;
+        let response = response.unwrap_or_else(|error| panic!("{method} {target}: {error}"));
+        assert_eq!(response.field("fly-replay"), None, "{method} {target}");
+        response
+    }
+
+    /// Stops and takes the pieces apart.
+    pub(crate) fn into_running(mut self) -> (Cluster, Running) {
+        let running = self.running.take().expect("it runs until it is dropped");
+        // The cluster moves out of a type with a destructor by being replaced.
+        let cluster = std::mem::replace(&mut self.cluster, Cluster::empty());
+        (cluster, running)
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        if let Some(running) = self.running.take() {
+            running.stop();
+            running.join();
+        }
+    }
+}
+
+/// A configuration for litegate before this cluster.
+pub(crate) fn config(cluster: &Cluster, keys: &str) -> String {
+    let nodes = cluster.places().iter().map(|place| {
+        let (name, address, api) = (&place.name, place.proxy, place.api);
+        format!(r#"{{ name = "{name}", address = "{address}", api = "{api}" }}"#)
+    });
+    let nodes = nodes.collect::<Vec<_>>().join(", ");
+    format!(
+        r#"[server]
+workers = 2
+drain = {{ delay = "0s", timeout = "10s" }}
+
+[[listener]]
+address = "127.0.0.1:0"
+
+[admin]
+address = "127.0.0.1:0"
+
+[access_log]
+format = "off"
+
+[limits]
+uri_bytes = "4KiB"
+header_bytes = "16KiB"
+header_read = "300ms"
+body_idle = "2s"
+
+[cluster.app]
+port = 8080
+members = {{ type = "static", nodes = [{nodes}] }}
+{keys}
+"#
+    )
+}

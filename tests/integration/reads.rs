@@ -1,0 +1,60 @@
+//! What happens to reads.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use litegate::testkit::{Options, client};
+
+use crate::gate::Gate;
+
+#[tokio::test]
+async fn reads_go_to_replicas_only() {
+    let gate = Gate::start().await;
+    let mut served = BTreeSet::new();
+    for _ in 0..60 {
+        served.insert(gate.send("GET", "/whoami", b"").await.text());
+    }
+    assert_eq!(served, BTreeSet::from(["app-1".to_owned(), "app-2".to_owned()]));
+}
+
+#[tokio::test]
+async fn a_dead_replica_costs_no_read() {
+    let gate = Gate::start().await;
+    gate.cluster.kill(1);
+    for _ in 0..50 {
+        let response = gate.send("GET", "/whoami", b"").await;
+        assert_eq!((response.status, response.text()), (200, "app-2".to_owned()));
+    }
+}
+
+#[tokio::test]
+async fn a_replica_too_far_behind_serves_nothing() {
+    let gate = Gate::start().await;
+    gate.cluster.lag(1, Duration::from_secs(60));
+    gate.until(|topology| {
+        let node = topology.named("app-1").expect("it is a member");
+        node.freshness == litegate::topology::Freshness::TooFar
+    })
+    .await;
+    for _ in 0..30 {
+        assert_eq!(gate.send("GET", "/whoami", b"").await.text(), "app-2");
+    }
+}
+
+#[tokio::test]
+async fn garbage_from_a_node_is_a_502_that_names_it() {
+    let keys = "primary = { type = \"litefs\", poll = \"100ms\" }\nretry = { on = [] }";
+    let gate = Gate::with(Options::default(), keys).await;
+    let response = gate.send("GET", "/fault/garbage", b"").await;
+    assert_eq!(response.status, 502);
+    assert!(response.field("proxy-status").is_some_and(|s| s.contains(" on app-")), "{response:?}");
+}
+
+#[tokio::test]
+async fn a_body_that_breaks_off_never_looks_complete() {
+    let gate = Gate::start().await;
+    for target in ["/fault/half", "/fault/chunk"] {
+        // The end of the connection may come before the head was worth sending.
+        let response = client::request(gate.address(), "GET", target, "", b"").await;
+        assert!(!response.as_ref().is_ok_and(|r| r.complete), "{target}: {response:?}");
+    }
+}
