@@ -29,7 +29,7 @@ async fn a_dead_replica_costs_no_read() {
 #[tokio::test]
 async fn a_replica_too_far_behind_serves_nothing() {
     let gate = Gate::start().await;
-    gate.cluster.lag(1, Duration::from_secs(60));
+    gate.cluster.lag(1, Duration::from_secs(50));
     gate.until(|topology| {
         let node = topology.named("app-1").expect("it is a member");
         node.freshness == litegate::topology::Freshness::TooFar
