@@ -244,6 +244,7 @@ struct Outfit {
     metrics: Arc<Metrics>,
     sink: Option<Sink>,
     instance: Arc<str>,
+    worker: usize,
 }
 
 impl Outfit {
@@ -253,7 +254,7 @@ impl Outfit {
         let clusters: Vec<_> =
             self.config.clusters.iter().map(|cluster| Arc::clone(&cluster.name)).collect();
         Proxy::new(Parts {
-            shard: self.metrics.shard(&listeners, &clusters),
+            shard: self.metrics.shard(self.worker, &listeners, &clusters),
             log: self.sink.map(Rc::new),
             config: self.config,
             clusters: self.clusters,
@@ -286,7 +287,7 @@ impl Control {
         let mut control =
             Self { config, clusters, workers: Vec::new(), metrics, log, admin, instance };
         for index in 0..control.config.server.workers.get() {
-            let outfit = control.outfit();
+            let outfit = control.outfit(index);
             let (commands, commanded) = mpsc::channel(COMMANDS);
             let (over, done) = watch::channel(false);
             let limits = limits(&control.config);
@@ -309,7 +310,7 @@ impl Control {
         }
     }
 
-    fn outfit(&self) -> Outfit {
+    fn outfit(&self, worker: usize) -> Outfit {
         let shared = self.clusters.iter().map(|watched| Shared {
             topology: watched.discovery.reader.clone(),
             observer: watched.discovery.observer.clone(),
@@ -321,6 +322,7 @@ impl Control {
             metrics: Arc::clone(&self.metrics),
             sink: self.log.as_ref().and_then(AccessLog::sink),
             instance: Arc::clone(&self.instance),
+            worker,
         }
     }
 
@@ -390,8 +392,8 @@ impl Control {
         }
         self.config = Arc::new(config);
         self.admin.update(seen(&self.clusters), &self.config);
-        for worker in &self.workers {
-            let _ = worker.commands.try_send(Command::Use(Box::new(self.outfit())));
+        for (index, worker) in self.workers.iter().enumerate() {
+            let _ = worker.commands.try_send(Command::Use(Box::new(self.outfit(index))));
         }
         for (index, sockets) in sockets {
             self.listen(index, sockets);

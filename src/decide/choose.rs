@@ -206,7 +206,7 @@ impl View<'_> {
             (Why::Replica, &|n| (replica(n) || (all && primary(n))) && well(n) && fresh(n)),
             (Why::PrimaryReads, &|n| primary_may && primary(n) && well(n)),
             (Why::Behind, &|n| replica(n) && well(n) && near(n)),
-            (Why::Unknown, &|n| unknown(n) && well(n)),
+            (Why::Unknown, &|n| unknown(n) && well(n) && near(n)),
             (Why::LastResort, &|n| (replica(n) || unknown(n) || primary_may) && near(n)),
             (Why::LastResort, &|_| leaderless),
         ];

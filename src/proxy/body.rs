@@ -22,6 +22,8 @@ use tokio::time::Instant;
 
 use crate::{server::Conn, upstream::Wire};
 
+/// The largest frame that hyper hands over: reading ahead stops where one more might not be kept.
+const AHEAD: usize = (64 << 10) + FRAME;
 /// What a kept frame costs beyond its bytes: a client may send one byte at a time.
 const FRAME: usize = 64;
 
@@ -129,6 +131,36 @@ impl Upload {
         state.trailers_sent = false;
         self.0.progress.set(Instant::now());
         RequestBody(Some(Reader { shared: Rc::clone(&self.0), wire, expects_continue }))
+    }
+
+    /// Reads ahead while the request waits, as much as is kept: once the whole body is here, the
+    /// client's connection is watched, and a client that goes away frees its place. Never ready.
+    pub fn poll_ahead(&self, cx: &mut Context<'_>) -> Poll<std::convert::Infallible> {
+        let shared = &self.0;
+        let state = &mut *shared.state.borrow_mut();
+        while state.keeping && !shared.ended.get() && state.cost + AHEAD <= shared.limit {
+            match Pin::new(&mut state.source).poll_frame(cx) {
+                Poll::Pending => break,
+                Poll::Ready(Some(Ok(frame))) => {
+                    if let Some(data) = frame.data_ref() {
+                        shared.received.set(shared.received.get() + data.len() as u64);
+                        shared.keep(state, data);
+                    } else if let Ok(trailers) = frame.into_trailers() {
+                        state.trailers = Some(trailers);
+                        shared.end();
+                    }
+                }
+                Poll::Ready(Some(Err(_))) => {
+                    shared.failed.set(true);
+                    break;
+                }
+                Poll::Ready(None) => shared.end(),
+            }
+            if state.source.is_end_stream() {
+                shared.end();
+            }
+        }
+        Poll::Pending
     }
 
     /// Whether another attempt would be sent the whole body.

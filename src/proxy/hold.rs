@@ -216,10 +216,10 @@ impl Queue {
         self.waiting.insert(ticket, Waiting { bytes, wake });
     }
 
-    /// Lets this ticket run if it is among the first for whom there is room.
+    /// Lets this ticket run if it is the first and there is room; then it is the next one's turn.
     fn go(&mut self, ticket: u64) -> bool {
-        let room = self.release.saturating_sub(self.running);
-        let is_next = self.waiting.keys().take(room).any(|first| *first == ticket);
+        let has_room = self.running < self.release;
+        let is_next = has_room && self.waiting.keys().next() == Some(&ticket);
         if is_next {
             self.remove(ticket);
             self.running += 1;
@@ -245,8 +245,11 @@ impl Queue {
     }
 
     fn wake_next(&self) {
-        let room = self.release.saturating_sub(self.running);
-        self.waiting.values().take(room).for_each(|next| next.wake.notify_one());
+        if self.running < self.release
+            && let Some(next) = self.waiting.values().next()
+        {
+            next.wake.notify_one();
+        }
     }
 }
 

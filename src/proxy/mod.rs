@@ -446,7 +446,15 @@ impl Proxy {
             (None, PrimaryGap::SplitBrain) => Problem::SplitBrain,
             (None, _) => Problem::NoPrimary,
         };
-        place.wait(&mut topology, deadline, not_before, ready, expired).await?;
+        let wait = place.wait(&mut topology, deadline, not_before, ready, expired);
+        match &walk.upload {
+            // What the client has yet to send after `100 Continue`, the node has to ask for.
+            Some(upload) if !headers::expects_continue(&walk.headers) => tokio::select! {
+                result = wait => result?,
+                never = std::future::poll_fn(|cx| upload.poll_ahead(cx)) => match never {},
+            },
+            _ => wait.await?,
+        }
         *held = Some(place);
         Ok(())
     }

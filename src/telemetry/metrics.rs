@@ -147,6 +147,7 @@ const REPLAY_OUTCOMES: [&str; 3] = ["followed", "held", "refused"];
 /// One worker's cells for one configuration.
 #[derive(Debug)]
 pub struct Shard {
+    worker: usize,
     listeners: Vec<(Arc<str>, ListenerCells)>,
     /// One for each cluster, and one for requests that found none.
     clusters: Vec<(Arc<str>, ClusterCells)>,
@@ -395,12 +396,30 @@ impl Metrics {
         })
     }
 
-    /// Cells for one worker.
-    pub fn shard(&self, listeners: &[Arc<str>], clusters: &[Arc<str>]) -> Arc<Shard> {
+    /// Cells for one worker. A reload that keeps the names keeps the cells: only other names make
+    /// more of them.
+    pub fn shard(
+        &self,
+        worker: usize,
+        listeners: &[Arc<str>],
+        clusters: &[Arc<str>],
+    ) -> Arc<Shard> {
         let none: Arc<str> = Arc::from("");
+        let mut shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
+        let has_names = |shard: &&Arc<Shard>| {
+            let named = shard.listeners.iter().map(|(name, _)| name);
+            let in_clusters = shard.clusters.iter().map(|(name, _)| name);
+            shard.worker == worker
+                && named.eq(listeners.iter())
+                && in_clusters.eq(clusters.iter().chain([&none]))
+        };
+        if let Some(same) = shards.iter().find(has_names) {
+            return Arc::clone(same);
+        }
         let listeners = listeners.iter().map(|name| (Arc::clone(name), ListenerCells::default()));
         let clusters = clusters.iter().chain([&none]);
         let shard = Arc::new(Shard {
+            worker,
             listeners: listeners.collect(),
             clusters: clusters.map(|name| (Arc::clone(name), ClusterCells::new())).collect(),
             nodes: Mutex::default(),
@@ -408,7 +427,7 @@ impl Metrics {
             replay_buffer: Cell::default(),
             tunnels: Cell::default(),
         });
-        self.shards.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&shard));
+        shards.push(Arc::clone(&shard));
         shard
     }
 
@@ -849,7 +868,7 @@ mod tests {
         let metrics = Metrics::new();
         let (listener, cluster) = (Arc::from(":8080"), Arc::from("abaci"));
         let shards: Vec<_> = (0..2)
-            .map(|_| metrics.shard(&[Arc::clone(&listener)], &[Arc::clone(&cluster)]))
+            .map(|n| metrics.shard(n, &[Arc::clone(&listener)], &[Arc::clone(&cluster)]))
             .collect();
         let finished = Finished {
             listener: 0,

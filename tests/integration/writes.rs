@@ -90,6 +90,23 @@ async fn writes_wait_for_a_primary_and_then_run_once() {
 }
 
 #[tokio::test]
+async fn a_client_that_leaves_while_it_waits_takes_its_write_along() {
+    let gate = Gate::start().await;
+    gate.cluster.step_down();
+    gate.until(|topology| topology.primary.is_none()).await;
+    let mut conn = gate.conn().await;
+    conn.send("POST /kv/left HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\n\r\nx")
+        .await
+        .expect("litegate reads");
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    drop(conn);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    gate.cluster.promote(1);
+    assert_eq!(gate.send("POST", "/kv/stayed", b"x").await.status, 200);
+    assert_eq!(gate.cluster.written("left").on, [0usize; 0]);
+}
+
+#[tokio::test]
 async fn a_write_that_finds_no_primary_in_time_is_told_so() {
     let keys = "primary = { type = \"litefs\", poll = \"100ms\" }\nhold = { timeout = \"200ms\" }";
     let gate = Gate::with(Options::default(), keys).await;
