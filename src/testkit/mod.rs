@@ -303,6 +303,8 @@ async fn serve(world: Arc<World>, node: usize, listener: TcpListener, door: Door
         connections.spawn(async move {
             let dies = died(Arc::clone(&world), node);
             tokio::select! {
+                // Whatever else is ready: a dead process answers nothing.
+                biased;
                 () = dies => {
                     // A reset, as from a killed process.
                 }
