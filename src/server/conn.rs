@@ -37,7 +37,7 @@ const PARK_AFTER: Duration = Duration::from_secs(1);
 /// How long a client that is still sending gets to read our last words before the socket closes.
 const LINGER: Duration = Duration::from_secs(2);
 /// And how much it may still send.
-const LINGER_BYTES: usize = 1 << 20;
+const LINGER_BYTES: usize = 64 << 20;
 /// Interim responses that may wait for a client that does not read.
 const INTERIM_WAITING: usize = 8;
 

@@ -69,8 +69,11 @@ impl Conn {
         );
         let mut bytes = head.into_bytes();
         bytes.extend_from_slice(body);
-        self.send(bytes).await?;
-        self.response(method == "HEAD").await
+        // Whoever refuses an upload answers first and closes then: the answer may still be there.
+        let sent = self.send(bytes).await;
+        let response = self.response(method == "HEAD").await;
+        sent.or_else(|error| if response.is_ok() { Ok(()) } else { Err(error) })?;
+        response
     }
 
     async fn more(&mut self) -> io::Result<bool> {
