@@ -1,11 +1,6 @@
 //! One try on one node: a connection, the request, the head of the answer.
 
-use std::{
-    future::poll_fn,
-    rc::Rc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{rc::Rc, task::Context, time::Duration};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -69,12 +64,12 @@ impl Connected {
         }
     }
 
-    /// The answer is complete: keeps the connection, if it can carry another.
-    pub(super) fn finish(&mut self, cx: &mut Context<'_>) {
+    /// The answer is complete, at about `now`: keeps the connection, if it can carry another.
+    pub(super) fn finish(&mut self, now: Instant) {
         if let Some(mut connection) = self.connection.take()
-            && connection.is_usable(cx)
+            && (connection.is_ready() || connection.is_usable())
         {
-            self.node.keep(connection, Instant::now());
+            self.node.keep(connection, now);
         }
     }
 
@@ -94,6 +89,8 @@ pub(super) struct Try<'a> {
     pub(super) expects_continue: bool,
     /// The client understands interim responses.
     pub(super) interim: bool,
+    /// Now.
+    pub(super) began: Instant,
     /// `timeouts.connect`, or less where a replay says so.
     pub(super) connect: Duration,
     /// `timeouts.response_header`
@@ -120,15 +117,18 @@ pub(super) async fn run(
     node: &Rc<Node>,
     mut head: impl FnMut() -> Request<()>,
 ) -> Result<(Response<Incoming>, Box<Connection<RequestBody>>), Trouble> {
-    let began = Instant::now();
+    let mut began = this.began;
     loop {
-        let pooled = poll_fn(|cx| Poll::Ready(node.take_idle(cx, began))).await;
+        let pooled = node.take_idle(began);
         let reused = pooled.is_some();
-        let mut connection = match pooled {
-            Some(connection) => connection,
-            None => open(node, this.connect).await.map_err(Trouble::Node)?,
+        let mut connection = if let Some(connection) = pooled {
+            connection
+        } else {
+            let opened = open(node, this.connect).await.map_err(Trouble::Node)?;
+            began = Instant::now();
+            opened
         };
-        match exchange(this, &mut connection, head()).await {
+        match exchange(this, &mut connection, head(), began).await {
             // The node closed a kept-alive connection just then, and nothing of the request has
             // left: not an attempt yet.
             Err(Trouble::Node(Failure { kind: FailureKind::StaleConnection, written: false }))
@@ -153,13 +153,13 @@ async fn exchange(
     this: &Try<'_>,
     connection: &mut Connection<RequestBody>,
     head: Request<()>,
+    began: Instant,
 ) -> Result<Response<Incoming>, Trouble> {
     let wire = connection.wire();
     let body = match this.upload {
-        Some(upload) => upload.attempt(Rc::clone(&wire), this.expects_continue),
+        Some(upload) => upload.attempt(Rc::clone(&wire), this.expects_continue, began),
         None => RequestBody::empty(),
     };
-    let began = Instant::now();
     let mut client = None;
     let mut continue_at = this.expects_continue.then(|| began + CONTINUE);
     this.conn.set_deadline(Some(continue_at.unwrap_or(began + this.response_header)));

@@ -125,11 +125,11 @@ impl Upload {
 
     /// The body for one attempt: the kept prefix first. Where the client waits for
     /// `100 Continue`, nothing is taken from it before the node says so.
-    pub fn attempt(&self, wire: Rc<Wire>, expects_continue: bool) -> RequestBody {
+    pub fn attempt(&self, wire: Rc<Wire>, expects_continue: bool, now: Instant) -> RequestBody {
         let mut state = self.0.state.borrow_mut();
         state.sent = 0;
         state.trailers_sent = false;
-        self.0.progress.set(Instant::now());
+        self.0.progress.set(now);
         RequestBody(Some(Reader { shared: Rc::clone(&self.0), wire, expects_continue }))
     }
 

@@ -67,12 +67,14 @@ pub(super) struct Cluster {
 impl Cluster {
     pub(super) fn new(
         index: usize,
-        config: config::cluster::Cluster,
+        mut config: config::cluster::Cluster,
         shared: Shared,
         shard: Arc<Shard>,
         workers: usize,
         now: Instant,
     ) -> Self {
+        // A copy: see `upstream::Upstreams::follow`.
+        config.name = Arc::from(&*config.name);
         let limits = Limits {
             requests: share(config.max_requests, workers),
             pending: share(config.max_pending, workers),

@@ -7,7 +7,10 @@
 //! Rules: RFC 9110 sections 7.6.1 (hop-by-hop) and 7.6.3 (Via), RFC 7239 (Forwarded),
 //! `reference/fly-replay.md` section 13 rule 8 (what apps believe of an edge).
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    cell::RefCell,
+    net::{IpAddr, SocketAddr},
+};
 
 use bytes::{BufMut as _, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, header};
@@ -28,6 +31,8 @@ pub struct Peer {
     port: HeaderValue,
     /// `for=…` of RFC 7239, to which host and protocol are added.
     node: Box<[u8]>,
+    /// The host asked for last, and the element made for it: nearly always the same one.
+    last: RefCell<Option<(HeaderValue, HeaderValue)>>,
 }
 
 impl Peer {
@@ -43,11 +48,25 @@ impl Peer {
             address: text(&ip.to_string()),
             port: text(&local.port().to_string()),
             node: node.into_bytes().into(),
+            last: RefCell::default(),
         }
     }
 
     /// This hop's element of `Forwarded`.
     fn element(&self, host: Option<&HeaderValue>) -> HeaderValue {
+        let mut last = self.last.borrow_mut();
+        match (&*last, host) {
+            (Some((known, element)), Some(host)) if known == host => element.clone(),
+            (_, Some(host)) => {
+                let element = self.render(Some(host));
+                *last = Some((host.clone(), element.clone()));
+                element
+            }
+            (_, None) => self.render(None),
+        }
+    }
+
+    fn render(&self, host: Option<&HeaderValue>) -> HeaderValue {
         const PROTO: &[u8] = b";proto=http";
         let host = host.map(HeaderValue::as_bytes).filter(|host| is_quotable(host));
         let length = self.node.len() + PROTO.len() + host.map_or(0, |host| host.len() + 8);
@@ -147,9 +166,9 @@ pub fn upstream(
 
 /// Says who the client is: in place of what it said itself, or behind what a trusted proxy said.
 fn forwarded(head: &mut HeaderMap, host: Option<&HeaderValue>, peer: &Peer) {
-    append(head, FORWARDED_FOR, &peer.address);
-    append(head, header::FORWARDED, &peer.element(host));
     if peer.trusted {
+        append(head, FORWARDED_FOR, &peer.address);
+        append(head, header::FORWARDED, &peer.element(host));
         // The proxy in front knows what the client asked it for.
         if !head.contains_key(&FORWARDED_PROTO) {
             head.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
@@ -166,6 +185,9 @@ fn forwarded(head: &mut HeaderMap, host: Option<&HeaderValue>, peer: &Peer) {
             head.insert(FORWARDED_HOST, host.clone());
         }
     } else {
+        // What a stranger said has been dropped: these are the only ones.
+        head.insert(FORWARDED_FOR, peer.address.clone());
+        head.insert(header::FORWARDED, peer.element(host));
         head.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
         head.insert(FORWARDED_PORT, peer.port.clone());
         head.insert(REAL_IP, peer.address.clone());
@@ -304,11 +326,11 @@ pub fn downstream(head: &mut HeaderMap, switching: bool, pass: bool, via: &Heade
         }
     }
     if connection {
-        let original = head.clone();
-        head.remove(header::CONNECTION);
-        if original.get_all(header::CONNECTION).iter().any(names_fields) {
+        if head.get_all(header::CONNECTION).iter().any(names_fields) {
+            let original = head.clone();
             remove_named(&original, head);
         }
+        head.remove(header::CONNECTION);
     }
     if hop {
         head.remove("keep-alive");

@@ -193,21 +193,17 @@ impl Proxy {
         };
         let log = self.log.clone();
         match answer {
-            Ok(Answer { response, mut connected, idle }) => {
+            Ok(Answer { response, mut connected, idle, arrived }) => {
                 if response.body().is_end_stream() {
                     // Nobody will ask for a frame of it.
-                    std::future::poll_fn(|cx| {
-                        let _: () = connected.finish(cx);
-                        std::task::Poll::Ready(())
-                    })
-                    .await;
+                    connected.finish(arrived);
                 }
                 facts.status = response.status();
                 let account = Account::new(Rc::clone(conn), Arc::clone(&self.shard), log, facts);
                 let until_close = walk.version == Version::HTTP_10
                     && !response.headers().contains_key(header::CONTENT_LENGTH);
                 response.map(|incoming| {
-                    ResponseBody::node(incoming, connected, idle, until_close, account)
+                    ResponseBody::node(incoming, connected, idle, until_close, arrived, account)
                 })
             }
             Err(problem) => {
@@ -263,6 +259,8 @@ impl Proxy {
         // Whoever comes while others wait goes behind them.
         let mut wait =
             (request.class == Class::Write && cluster.hold.is_busy()).then_some(HoldFor::Primary);
+        // The clock is read once for each turn of the loop and once for each answer.
+        let mut now = now;
         loop {
             if let Some(hold) = wait.take() {
                 let began = Instant::now();
@@ -276,8 +274,8 @@ impl Proxy {
                 };
                 self.shard.held(cluster.index, outcome, waited);
                 result?;
+                now = Instant::now();
             }
-            let now = Instant::now();
             let choice = cluster.look(now, |topology, loads| {
                 let chance = fastrand::u64(..);
                 let (rules, now) = (&cluster.rules, now.into_std());
@@ -302,9 +300,15 @@ impl Proxy {
             // The snapshot was followed within `look`, and nothing ran in between.
             let node = cluster.node(index).ok_or(Problem::Internal)?;
             let mut tried = Attempt { node: node.id, role, cause, ended: Ended::Replayed };
-            let outcome = self.attempt(walk, cluster, &node, &request, &extra, &mut held).await;
+            let outcome = {
+                let turn = Turn { request: &request, extra: &extra, now };
+                self.attempt(walk, cluster, &node, turn, &mut held).await
+            };
+            let chosen = std::mem::replace(&mut now, Instant::now());
             let (response, connection, places, took) = match outcome {
-                Ok(arrived) => arrived,
+                Ok((response, connection, places, began)) => {
+                    (response, connection, places, now - began)
+                }
                 Err(Trouble::Client(problem)) => return Err(problem),
                 Err(Trouble::Node(failure)) => {
                     tried.ended = Ended::Failed(failure);
@@ -317,7 +321,7 @@ impl Proxy {
                             &node.name,
                             &self.instance,
                             "retries_exhausted",
-                            now.elapsed(),
+                            now - chosen,
                         ));
                     }
                     match next {
@@ -328,7 +332,7 @@ impl Proxy {
                     continue;
                 }
             };
-            node.load.answered(took, Instant::now());
+            node.load.answered(took, now);
             node.load.cells.attempt(Ok(response.status()), took);
             let connected = Connected::new(connection, Rc::clone(&node), places);
 
@@ -338,7 +342,7 @@ impl Proxy {
                 walk.tried(&mut history, &node, tried);
                 let outcome = Outcome::Answered(response.status());
                 if self.next(walk, cluster, &request, &mut history, outcome)? == Next::Relay {
-                    return Ok(self.relay(walk, cluster, response, connected));
+                    return Ok(self.relay(walk, cluster, response, connected, now));
                 }
                 self.shard.retried(cluster.index, request.class);
                 report_gateway(cluster, &node);
@@ -465,17 +469,20 @@ impl Proxy {
         walk: &Walk<'_>,
         cluster: &Cluster,
         node: &Rc<Node>,
-        request: &decide::Request,
-        extra: &Extra,
+        turn: Turn<'_>,
         held: &mut Option<hold::Place>,
     ) -> Result<
-        (Response<Incoming>, Box<crate::upstream::Connection<body::RequestBody>>, Places, Duration),
+        (Response<Incoming>, Box<crate::upstream::Connection<body::RequestBody>>, Places, Instant),
         Trouble,
     > {
+        let Turn { request, extra, now: mut began } = turn;
         let write = if request.class == Class::Write && !walk.upgrade {
-            let turn = match cluster.writes.try_enter() {
-                Some(place) => Ok(Ok(place)),
-                None => timeout(cluster.config.max_writes_wait, cluster.writes.enter()).await,
+            let turn = if let Some(place) = cluster.writes.try_enter() {
+                Ok(Ok(place))
+            } else {
+                let turn = timeout(cluster.config.max_writes_wait, cluster.writes.enter()).await;
+                began = Instant::now();
+                turn
             };
             Some(turn.ok().and_then(Result::ok).ok_or(Trouble::Client(Problem::WritesFull))?)
         } else {
@@ -486,6 +493,7 @@ impl Proxy {
             place
         } else {
             let turn = timeout(cluster.config.max_writes_wait, node.gate.enter()).await;
+            began = Instant::now();
             turn.ok().and_then(Result::ok).ok_or(Trouble::Node(full))?
         };
         let timeouts = &cluster.config.timeouts;
@@ -496,12 +504,12 @@ impl Proxy {
             upload: walk.upload.as_ref(),
             expects_continue,
             interim: walk.version == Version::HTTP_11,
+            began,
             connect: timeouts.connect,
             response_header: timeouts.response_header,
             idle: timeouts.idle,
             body_idle: self.config.limits.body_idle,
         };
-        let began = Instant::now();
         let head = || {
             let mut message = Request::new(());
             *message.method_mut() = walk.method.clone();
@@ -525,7 +533,7 @@ impl Proxy {
         };
         let (response, connection) = attempt::run(&this, node, head).await?;
         let places = Places { node: place, write, held: held.take() };
-        Ok((response, connection, places, began.elapsed()))
+        Ok((response, connection, places, began))
     }
 
     /// Asks what follows, with everything that the decision needs.
@@ -565,6 +573,7 @@ impl Proxy {
         cluster: &Cluster,
         response: Response<Incoming>,
         connected: Connected,
+        arrived: Instant,
     ) -> Answer {
         let (mut parts, incoming) = response.into_parts();
         let switching = parts.status == StatusCode::SWITCHING_PROTOCOLS && walk.upgrade;
@@ -582,7 +591,7 @@ impl Proxy {
         }
         parts.version = Version::HTTP_11;
         let idle = cluster.config.timeouts.idle;
-        Answer { response: Response::from_parts(parts, incoming), connected, idle }
+        Answer { response: Response::from_parts(parts, incoming), connected, idle, arrived }
     }
 
     /// After the 101 the two sockets are joined.
@@ -638,11 +647,20 @@ impl Walk<'_> {
     }
 }
 
+/// What one turn of the loop decided from.
+struct Turn<'a> {
+    request: &'a decide::Request,
+    extra: &'a Extra,
+    now: Instant,
+}
+
 /// A node's answer, ready for the client.
 struct Answer {
     response: Response<Incoming>,
     connected: Connected,
     idle: Duration,
+    /// When its head came.
+    arrived: Instant,
 }
 
 /// Tells discovery of a failed attempt.
@@ -684,11 +702,7 @@ async fn read_replay(
     let (parts, mut body) = response.into_parts();
     if form == Form::Header {
         if body.is_end_stream() {
-            std::future::poll_fn(|cx| {
-                connected.finish(cx);
-                std::task::Poll::Ready(())
-            })
-            .await;
+            connected.finish(Instant::now());
         }
         return replay::from_head(&parts.headers);
     }

@@ -15,9 +15,13 @@ use tokio::time::Instant;
 use super::{account::Account, attempt::Connected};
 use crate::{decide::Problem, server::Abort};
 
-/// A response body as the client's connection sends it.
+/// A response body as the client's connection sends it. Boxed: it is moved many times on its way
+/// to the socket.
 #[derive(Debug)]
-pub struct ResponseBody {
+pub struct ResponseBody(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     source: Source,
     account: Account,
 }
@@ -27,7 +31,7 @@ enum Source {
     /// An answer of litegate's own.
     Own(Option<Bytes>),
     /// A node's.
-    Node(Box<NodeBody>),
+    Node(NodeBody),
 }
 
 /// A node's response body, with the connection that it comes over.
@@ -48,23 +52,24 @@ impl ResponseBody {
         Self::new(Source::Own(Some(body).filter(|body| !body.is_empty())), account)
     }
 
-    /// What the node sends, over the connection on which its head came.
+    /// What the node sends, over the connection on which its head came at `arrived`.
     pub(super) fn node(
         incoming: Incoming,
         connected: Connected,
         idle: Duration,
         ends_with_connection: bool,
+        arrived: Instant,
         account: Account,
     ) -> Self {
-        let progress = Instant::now();
+        let progress = arrived;
         let body = NodeBody { incoming, connected, idle, progress, ends_with_connection };
-        Self::new(Source::Node(Box::new(body)), account)
+        Self::new(Source::Node(body), account)
     }
 
     fn new(source: Source, account: Account) -> Self {
-        let this = Self { source, account };
+        let this = Self(Box::new(Inner { source, account }));
         if this.is_end_stream() {
-            this.account.completed();
+            this.0.account.completed();
         }
         this
     }
@@ -78,35 +83,41 @@ impl Body for ResponseBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Abort>>> {
-        let this = self.get_mut();
-        let polled = match &mut this.source {
+        let inner = &mut *self.get_mut().0;
+        let polled = match &mut inner.source {
             Source::Own(body) => Poll::Ready(body.take().map(|body| Ok(Frame::data(body)))),
-            Source::Node(node) => node.poll_frame(cx, &this.account),
+            Source::Node(node) => node.poll_frame(cx, &inner.account),
         };
         match &polled {
             Poll::Ready(Some(Ok(frame))) => {
-                this.account.sent(frame.data_ref().map_or(0, Bytes::len));
+                inner.account.sent(frame.data_ref().map_or(0, Bytes::len));
             }
-            Poll::Ready(Some(Err(Abort))) => this.account.broke_off(),
+            Poll::Ready(Some(Err(Abort))) => inner.account.broke_off(),
             Poll::Ready(None) | Poll::Pending => {}
         }
-        if this.is_end_stream() {
-            this.account.completed();
+        if inner.source.is_end() {
+            inner.account.completed();
         }
         polled
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.source {
-            Source::Own(body) => body.is_none(),
-            Source::Node(node) => node.incoming.is_end_stream(),
-        }
+        self.0.source.is_end()
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.source {
+        match &self.0.source {
             Source::Own(body) => SizeHint::with_exact(body.as_ref().map_or(0, |b| b.len() as u64)),
             Source::Node(node) => node.incoming.size_hint(),
+        }
+    }
+}
+
+impl Source {
+    fn is_end(&self) -> bool {
+        match self {
+            Self::Own(body) => body.is_none(),
+            Self::Node(node) => node.incoming.is_end_stream(),
         }
     }
 }
@@ -133,7 +144,7 @@ impl NodeBody {
             None => true,
         };
         if over {
-            self.connected.finish(cx);
+            self.connected.finish(self.progress);
         } else {
             self.progress = Instant::now();
             account.conn().set_deadline(Some(self.progress + self.idle));

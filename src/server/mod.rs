@@ -19,7 +19,7 @@ pub mod listener;
 
 pub use accept::{Accepting, serve};
 pub use conn::{Abort, Conn, Takeover};
-pub use io::ClientIo;
+pub use io::{ClientIo, write_vectored};
 
 /// Whoever answers the requests of a connection.
 pub trait Service {

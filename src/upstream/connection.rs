@@ -12,7 +12,7 @@ use std::{
     net::SocketAddr,
     pin::{Pin, pin},
     rc::Rc,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -30,7 +30,10 @@ use tokio::{
 };
 
 use super::interim;
-use crate::decide::{Failure, FailureKind};
+use crate::{
+    decide::{Failure, FailureKind},
+    server::write_vectored,
+};
 
 /// A connection to a node that carries request bodies of type `B`.
 #[derive(Debug)]
@@ -154,8 +157,16 @@ where
 
     /// Looks whether the node has closed an idle connection, or sent what nobody asked for. The
     /// runtime has seen either already: this is no system call unless there is something to read.
-    pub fn is_usable(&mut self, cx: &mut Context<'_>) -> bool {
-        self.poll_driver(cx);
+    ///
+    /// Nobody is to be woken by what is seen here. With a real waker the request that is sent next
+    /// would wake the very task that sends it, and whoever used the connection last as well.
+    pub fn is_usable(&mut self) -> bool {
+        self.poll_driver(&mut Context::from_waker(Waker::noop()));
+        !self.ended && self.sender.is_ready()
+    }
+
+    /// Whether it can carry another request, as far as is known without a look at the socket.
+    pub fn is_ready(&self) -> bool {
         !self.ended && self.sender.is_ready()
     }
 
@@ -288,7 +299,7 @@ impl AsyncWrite for NodeIo {
         if self.wire.broken.get() {
             return Poll::Ready(Ok(len));
         }
-        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        let result = write_vectored(&mut self.stream, cx, bufs, len);
         self.wrote(len, result)
     }
 

@@ -5,7 +5,6 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
-    task::Context,
     time::Duration,
 };
 
@@ -55,10 +54,10 @@ where
 {
     /// The idle connection that was used last, if one is still good: the others grow old and are
     /// closed, so that a pool shrinks to what is needed.
-    pub fn take_idle(&self, cx: &mut Context<'_>, now: Instant) -> Option<Box<Connection<B>>> {
+    pub fn take_idle(&self, now: Instant) -> Option<Box<Connection<B>>> {
         let mut idle = self.idle.borrow_mut();
         while let Some(mut connection) = idle.pop() {
-            if connection.idle_for(now) < self.limits.idle_for && connection.is_usable(cx) {
+            if connection.idle_for(now) < self.limits.idle_for && connection.is_usable() {
                 return Some(connection);
             }
         }
@@ -124,7 +123,9 @@ where
                 Some(index) => old.swap_remove(index),
                 None => Rc::new(Upstream {
                     id: node.id,
-                    name: Arc::clone(&node.name),
+                    // A copy: counting references to one string from every core would share a
+                    // cache line between them.
+                    name: Arc::from(&*node.name),
                     address: node.address,
                     gate: Gate::new(self.limits.requests, self.limits.pending),
                     load: load(node),
