@@ -49,6 +49,7 @@ fn topology(nodes: u64) -> Topology {
         record: eject::Record::default(),
         probed_healthy: true,
         admitted: None,
+        progress: std::sync::Arc::default(),
         local: false,
     };
     Topology {

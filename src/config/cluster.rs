@@ -2,6 +2,9 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+/// Databases of one node that can be followed.
+pub const DATABASES: usize = 16;
+
 /// `[cluster.NAME]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cluster {
@@ -49,6 +52,17 @@ pub struct Cluster {
     pub replay: Replay,
     /// `[cluster.NAME.hold]`
     pub hold: Hold,
+    /// `[cluster.NAME.consistency]`
+    pub consistency: Consistency,
+    /// `[cluster.NAME.durability]`
+    pub durability: Durability,
+}
+
+impl Cluster {
+    /// Whether anybody tells where the nodes' databases are.
+    pub fn has_positions(&self) -> bool {
+        self.primary.iter().any(|source| matches!(source, RoleSource::Litefs { .. }))
+    }
 }
 
 /// `members`: who exists.
@@ -216,4 +230,82 @@ pub struct Hold {
     pub max_bytes: usize,
     /// `release`: so many run at a time once the primary is back, until the queue is empty.
     pub release: usize,
+}
+
+/// `[cluster.NAME.consistency]`: how a client reads its own writes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Consistency {
+    /// `mode`
+    pub mode: Mode,
+    /// `databases`: those that count, by name. Empty: every one that a node has, up to 16.
+    pub databases: Arc<[Box<str>]>,
+    /// `wait`: how long a read waits for a replica to catch up before the primary is asked.
+    pub wait: Duration,
+    /// `affinity`: how long a client's reads go to the primary after its write, where positions
+    /// are not known.
+    pub affinity: Duration,
+    /// `token_age`: how long a client keeps its token.
+    pub token_age: Duration,
+    /// `key`: what tokens are signed with. `None`: derived from the cluster's id, so that all
+    /// instances agree without talking.
+    pub key: Option<Secret>,
+    /// `cookie`: whether tokens travel as a cookie too, and not only as `Litegate-Token`.
+    pub cookie: bool,
+    /// `txid_cookie`: whether writes are answered with LiteFS's `__txid` cookie where the node did
+    /// not set it.
+    pub txid_cookie: bool,
+    /// `on_request`: whose `Litegate-Consistency` and `Litegate-Max-Staleness` are heeded.
+    pub on_request: OnRequest,
+}
+
+/// `mode`
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Mode {
+    /// By the position of the client's last write.
+    Token,
+    /// The primary, for a while after a write.
+    Affinity,
+    /// Not at all.
+    Off,
+}
+
+/// `on_request`
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum OnRequest {
+    /// Every client's.
+    Any,
+    /// Trusted proxies'.
+    Trusted,
+    /// Nobody's.
+    Off,
+}
+
+/// Something that is not shown.
+#[derive(Clone, PartialEq)]
+pub struct Secret(pub Box<str>);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+/// `[cluster.NAME.durability]`: on how many replicas a write is before its client hears of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Durability {
+    /// `replicas`. Zero: the primary's word is enough.
+    pub replicas: usize,
+    /// `timeout`: how long the answer waits for them.
+    pub timeout: Duration,
+    /// `on_timeout`
+    pub on_timeout: OnTimeout,
+}
+
+/// `on_timeout`
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum OnTimeout {
+    /// The answer says so in `Litegate-Durability`.
+    Warn,
+    /// 504: the write is done, but not yet safe.
+    Fail,
 }

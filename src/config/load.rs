@@ -15,8 +15,9 @@ use super::{
     Config,
     admin::{AccessLog, AccessLogFormat, AccessLogOutput, Admin},
     cluster::{
-        Balance, Cluster, Health, Hold, Lookup, Members, Prefer, Reads, Replay, Retry, RoleSource,
-        StaticNode, Timeouts,
+        Balance, Cluster, Consistency, DATABASES, Durability, Health, Hold, Lookup, Members, Mode,
+        OnRequest, OnTimeout, Prefer, Reads, Replay, Retry, RoleSource, Secret, StaticNode,
+        Timeouts,
     },
     diagnostic::{Diagnostic, Diagnostics, Place},
     limits::Limits,
@@ -303,7 +304,8 @@ fn cluster(name: &str, mut section: Section) -> Option<Cluster> {
         ("random", Balance::Random),
     ];
     let prefer = [("any", Prefer::Any), ("local", Prefer::Local)];
-    later(&mut section);
+    let consistency = consistency(section.section("consistency"), &primary);
+    let durability = durability(section.section("durability"), &primary);
     let cluster = Cluster {
         name: Arc::from(name),
         port: port.unwrap_or(0),
@@ -325,6 +327,8 @@ fn cluster(name: &str, mut section: Section) -> Option<Cluster> {
         retry: retry(section.section("retry")),
         replay: replay(section.section("replay")),
         hold: hold(section.section("hold")),
+        consistency,
+        durability,
     };
     the_api_is_not_the_app(&cluster, &section);
     Some(cluster)
@@ -352,30 +356,6 @@ fn the_api_is_not_the_app(cluster: &Cluster, section: &Section) {
             let message = format!("the address of node `{}` is LiteFS's API", node.name);
             section.fault(&section.place, message, "in this cluster".into(), help.clone());
         }
-    }
-}
-
-/// Keys that later versions know.
-fn later(section: &mut Section) {
-    let mut consistency = section.section("consistency");
-    if let Some(value) = consistency.take("mode")
-        && !matches!(&value.kind, Kind::Text(mode) if mode == "off")
-    {
-        consistency.unsupported(&value, "this consistency mode", "write mode = \"off\"");
-    }
-    for key in ["databases", "wait", "affinity"] {
-        if let Some(value) = consistency.take(key) {
-            consistency.unsupported(&value, &format!("`{key}`"), "remove it");
-        }
-    }
-    let mut durability = section.section("durability");
-    if let Some(value) = durability.take("replicas")
-        && !matches!(value.kind, Kind::Integer(0))
-    {
-        durability.unsupported(&value, "waiting for replicas", "write replicas = 0");
-    }
-    for key in ["timeout", "on_timeout"] {
-        let _ = durability.take(key);
     }
 }
 
@@ -578,6 +558,71 @@ fn hold(mut section: Section) -> Hold {
     }
 }
 
+fn consistency(mut section: Section, primary: &[RoleSource]) -> Consistency {
+    let has_positions = primary.iter().any(|source| matches!(source, RoleSource::Litefs { .. }));
+    let written = section.take("mode");
+    let mode = match written.as_ref().map(|value| &value.kind) {
+        None if has_positions => Mode::Token,
+        None => Mode::Affinity,
+        Some(Kind::Text(mode)) if mode == "token" => {
+            if !has_positions && let Some(value) = &written {
+                let message = "mode \"token\" needs to know the nodes' positions".to_owned();
+                let help = "add { type = \"litefs\" } to `primary`, or write \"affinity\"";
+                let label = "no source tells them".to_owned();
+                section.fault(&value.place, message, label, Some(help.into()));
+            }
+            Mode::Token
+        }
+        Some(Kind::Text(mode)) if mode == "affinity" => Mode::Affinity,
+        Some(Kind::Text(mode)) if mode == "off" => Mode::Off,
+        Some(_) => {
+            if let Some(value) = &written {
+                section.wrong("mode", value, "\"token\", \"affinity\" or \"off\"", None);
+            }
+            Mode::Off
+        }
+    };
+    let databases: Vec<Box<str>> = section.texts("databases", "file names", |name| {
+        let is_name = !name.is_empty() && !name.contains('/');
+        is_name.then(|| name.into()).ok_or_else(|| "like \"app.db\"".to_owned())
+    });
+    if databases.len() > DATABASES {
+        let place = section.place.clone();
+        let message = format!("more than {DATABASES} databases");
+        section.fault(&place, message, "in this section".into(), None);
+    }
+    let heeded =
+        [("any", OnRequest::Any), ("trusted", OnRequest::Trusted), ("off", OnRequest::Off)];
+    Consistency {
+        mode,
+        databases: databases.into(),
+        wait: section.duration("wait", secs(1)),
+        affinity: section.duration("affinity", secs(2)),
+        token_age: section.duration("token_age", secs(3600)),
+        key: section.text("key").map(|key| Secret(key.into())),
+        cookie: section.boolean("cookie", true),
+        txid_cookie: section.boolean("txid_cookie", true),
+        on_request: section.word("on_request", &heeded, OnRequest::Any),
+    }
+}
+
+fn durability(mut section: Section, primary: &[RoleSource]) -> Durability {
+    let has_positions = primary.iter().any(|source| matches!(source, RoleSource::Litefs { .. }));
+    let replicas = section.count("replicas", 0, 0);
+    if replicas > 0 && !has_positions {
+        let place = section.place.clone();
+        let message = "waiting for replicas needs to know the nodes' positions".to_owned();
+        let help = Some("add { type = \"litefs\" } to `primary`".to_owned());
+        section.fault(&place, message, "no source tells them".into(), help);
+    }
+    let words = [("warn", OnTimeout::Warn), ("fail", OnTimeout::Fail)];
+    Durability {
+        replicas,
+        timeout: section.duration("timeout", secs(1)),
+        on_timeout: section.word("on_timeout", &words, OnTimeout::Warn),
+    }
+}
+
 fn route(mut section: Section, index: usize, clusters: &[Cluster]) -> Option<Route> {
     let host = section.texts("host", "host names", |host| {
         let lower = host.to_ascii_lowercase();
@@ -770,8 +815,18 @@ tiemout = "30s"
             let faults = parsed(&text).unwrap_err();
             assert!(faults.contains(what) && faults.contains("not supported"), "{faults}");
         }
-        let text = format!("{LEAST}[cluster.abaci.consistency]\nmode = \"token\"\n");
-        assert!(parsed(&text).unwrap_err().contains("not supported"));
+    }
+
+    #[test]
+    fn what_needs_positions_needs_a_source_of_them() {
+        let config = parsed(LEAST).unwrap();
+        assert_eq!(config.clusters[0].consistency.mode, Mode::Token);
+        let blind = LEAST.replace("type = \"litefs\"", "type = \"instance\", name = \"a\"");
+        assert_eq!(parsed(&blind).unwrap().clusters[0].consistency.mode, Mode::Affinity);
+        for more in ["consistency]\nmode = \"token\"", "durability]\nreplicas = 1"] {
+            let text = format!("{blind}[cluster.abaci.{more}\n");
+            assert!(parsed(&text).unwrap_err().contains("positions"), "{text}");
+        }
     }
 
     #[test]

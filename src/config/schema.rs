@@ -54,6 +54,14 @@ pub fn schema() -> Value {
         "retry": table(json!({
             "on": texts, "attempts": count, "budget": share, "budget_min": count,
         })),
+        "consistency": table(json!({
+            "mode": words(&["token", "affinity", "off"]), "databases": texts, "wait": duration,
+            "affinity": duration, "token_age": duration, "key": text, "cookie": boolean,
+            "txid_cookie": boolean, "on_request": words(&["any", "trusted", "off"]),
+        })),
+        "durability": table(json!({
+            "replicas": count, "timeout": duration, "on_timeout": words(&["warn", "fail"]),
+        })),
         "replay": table(json!({
             "max_hops": count, "buffer": size, "json": boolean, "pass": boolean,
             "primary_region": text,
@@ -61,8 +69,6 @@ pub fn schema() -> Value {
         "hold": table(json!({
             "timeout": duration, "max_requests": count, "max_bytes": size, "release": count,
         })),
-        "consistency": table(json!({ "mode": words(&["off"]) })),
-        "durability": table(json!({ "replicas": words_of_zero(), "timeout": duration, "on_timeout": text })),
     }));
     let mut root = table(json!({
         "server": table(json!({
@@ -93,8 +99,4 @@ pub fn schema() -> Value {
     root["title"] = json!("litegate.toml");
     root["required"] = json!(["listener", "cluster"]);
     root
-}
-
-fn words_of_zero() -> Value {
-    json!({ "const": 0 })
 }

@@ -275,6 +275,7 @@ mod tests {
             record: eject::Record::default(),
             probed_healthy: true,
             admitted: None,
+            progress: std::sync::Arc::default(),
             local: false,
         }
     }

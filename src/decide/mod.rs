@@ -17,6 +17,7 @@ pub mod next;
 pub mod problem;
 pub mod replay;
 pub mod route;
+pub mod token;
 
 pub use problem::Problem;
 

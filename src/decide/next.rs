@@ -315,6 +315,7 @@ mod tests {
             record: eject::Record::default(),
             probed_healthy: true,
             admitted: None,
+            progress: Arc::default(),
             local: false,
         };
         let nodes = vec![node(A, "a", Role::Primary), node(B, "b", Role::Replica)];

@@ -23,6 +23,7 @@ use crate::{
     config::cluster::{Cluster, Members, Prefer, RoleSource, StaticNode},
     topology::{
         Change, Member, Observation, Presence, PrimaryName, Saw, Source, Topology, eject,
+        progress::Progress,
         reconcile::{Rules, State},
         watch,
     },
@@ -30,6 +31,10 @@ use crate::{
 
 mod dns;
 mod roles;
+
+use roles::Litefs;
+
+const _: () = assert!(crate::config::cluster::DATABASES == crate::topology::position::DATABASES);
 
 /// Observations that wait to be folded. More are dropped and counted: newer ones follow.
 const WAITING: usize = 1024;
@@ -122,6 +127,7 @@ pub fn start(
         publisher,
         watched: HashMap::new(),
         sources: JoinSet::new(),
+        acknowledging: None,
     };
     let task = tokio::spawn(folding.run(seen, on_change));
     Discovery { reader, observer, task }
@@ -136,6 +142,15 @@ struct Fold {
     /// The sources of each member: they end with it.
     watched: HashMap<SocketAddr, JoinSet<()>>,
     sources: JoinSet<()>,
+    /// The primary that acknowledged last.
+    acknowledging: Option<Acknowledging>,
+}
+
+/// A primary, for when it has a successor.
+struct Acknowledging {
+    incarnation: u64,
+    name: Arc<str>,
+    progress: Arc<Progress>,
 }
 
 impl Fold {
@@ -158,7 +173,8 @@ impl Fold {
             };
             let generation = self.state.topology().generation;
             let now = Instant::now().into_std();
-            let changes = self.state.observe(observation.as_ref(), now);
+            let mut changes = self.state.observe(observation.as_ref(), now);
+            self.count_lost(&mut changes);
             for change in &changes {
                 record(&self.cluster.name, change);
                 on_change(change);
@@ -173,6 +189,28 @@ impl Fold {
                 self.watch_members();
                 self.publisher.publish(self.state.topology().clone());
             }
+        }
+    }
+
+    /// What the primary before had acknowledged and the one now does not have.
+    fn count_lost(&mut self, changes: &mut Vec<Change>) {
+        let topology = self.state.topology();
+        let (Some(primary), Some(epoch)) = (topology.primary(), topology.lineage.last()) else {
+            return;
+        };
+        let now = Acknowledging {
+            incarnation: epoch.incarnation,
+            name: Arc::clone(&primary.name),
+            progress: Arc::clone(&primary.progress),
+        };
+        let before = match &self.acknowledging {
+            Some(before) if before.incarnation == now.incarnation => return,
+            _ => self.acknowledging.replace(now),
+        };
+        let (Some(before), Some(start)) = (before, &epoch.start) else { return };
+        let writes = before.progress.lost(start);
+        if writes > 0 {
+            changes.push(Change::WritesLost { from: before.name, writes });
         }
     }
 
@@ -215,8 +253,16 @@ impl Fold {
             for source in &self.cluster.primary {
                 if let RoleSource::Litefs { port, poll } = source {
                     let api = self.api(address, *port);
-                    tasks.spawn(roles::litefs(address, api, *poll, self.observer.clone()));
-                    tasks.spawn(roles::litefs_events(address, api, self.observer.clone()));
+                    let litefs = Litefs {
+                        member: address,
+                        api,
+                        progress: Arc::clone(&node.progress),
+                        databases: Arc::clone(&self.cluster.consistency.databases),
+                        observer: self.observer.clone(),
+                    };
+                    tasks.spawn(litefs.clone().poll(*poll));
+                    tasks.spawn(litefs.clone().follow());
+                    tasks.spawn(litefs.exact());
                     tasks.spawn(roles::litefs_lag(address, api, self.observer.clone()));
                 }
             }
@@ -293,6 +339,9 @@ fn record(cluster: &str, change: &Change) {
         Change::Lag { node, freshness } => warn!(cluster, %node, ?freshness, "lag crossed a limit"),
         Change::Probed { node, healthy: true } => info!(cluster, %node, "probe passes again"),
         Change::Probed { node, healthy: false } => warn!(cluster, %node, "probe fails"),
+        Change::WritesLost { from, writes } => {
+            error!(cluster, %from, writes, "acknowledged writes were lost in a failover");
+        }
         Change::Stale(true) => {
             warn!(cluster, "members cannot be listed: going on with the last ones");
         }

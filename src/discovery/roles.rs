@@ -1,17 +1,21 @@
 //! Sources that belong to one member: LiteFS's API and the active probe.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::Observer;
 use crate::{
-    litefs::client::{self, Events},
-    topology::{Saw, Source},
+    litefs::client::{self, CallError, Events, Told},
+    topology::{Claim, Saw, Source, position::Positions, progress::Progress},
 };
 
 /// How long `/info` may take: longer means that the node is in trouble.
 const INFO: Duration = Duration::from_millis(500);
+/// How long an exact position may take: a client waits for it.
+const EXACT: Duration = Duration::from_millis(500);
+/// How long after the stream was opened it may still tell of what `/debug/vars` had already.
+const OVERLAP: Duration = Duration::from_secs(1);
 /// Between two looks at a node's lag.
 const LAG: Duration = Duration::from_secs(2);
 /// The first pause before the stream of events is opened again; doubles up to [`LONGEST`].
@@ -20,51 +24,131 @@ const LONGEST: Duration = Duration::from_secs(2);
 /// Probes in a row that change a verdict.
 const PROBES: u32 = 2;
 
-/// Polls `/info`: LiteFS sends no keep-alive on `/events`, so a dead peer there looks idle.
-pub(super) async fn litefs(
-    member: SocketAddr,
-    api: SocketAddr,
-    poll: Duration,
-    observer: Observer,
-) {
-    let mut ticks = interval(poll);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut was_silent = false;
-    loop {
-        ticks.tick().await;
-        let saw = match client::info(api, INFO).await {
-            Ok(claim) => Saw::Claim { address: member, claim },
-            Err(error) => {
-                if !was_silent {
-                    tracing::warn!(%member, %api, %error, "LiteFS's API does not answer");
-                }
-                Saw::Silent { address: member }
-            }
-        };
-        was_silent = matches!(saw, Saw::Silent { .. });
-        observer.observe(saw, Source::Litefs);
-    }
+/// What a member's LiteFS sources have in common.
+#[derive(Clone, Debug)]
+pub(super) struct Litefs {
+    /// The member.
+    pub(super) member: SocketAddr,
+    /// Its LiteFS API.
+    pub(super) api: SocketAddr,
+    /// Where its positions go.
+    pub(super) progress: Arc<Progress>,
+    /// The databases that count; all where there is none.
+    pub(super) databases: Arc<[Box<str>]>,
+    pub(super) observer: Observer,
 }
 
-/// Follows `/events`, which tells of a new role within milliseconds.
-pub(super) async fn litefs_events(member: SocketAddr, api: SocketAddr, observer: Observer) {
-    let mut pause = BACKOFF;
-    loop {
-        let opened = Instant::now();
-        if let Ok(mut events) = Events::open(api, INFO).await {
-            while let Ok(Some(claim)) = events.next().await {
-                observer.observe(Saw::Claim { address: member, claim }, Source::Litefs);
+impl Litefs {
+    fn follows(&self, database: &str) -> bool {
+        self.databases.is_empty() || self.databases.iter().any(|name| **name == *database)
+    }
+
+    fn claims(&self, mut claim: Claim) {
+        let known = self.progress.snapshot();
+        claim.positions = Some(known).filter(|known| known.incarnation == claim.incarnation);
+        self.observer.observe(Saw::Claim { address: self.member, claim }, Source::Litefs);
+    }
+
+    /// Polls `/info`: LiteFS sends no keep-alive on `/events`, so a dead peer there looks idle.
+    pub(super) async fn poll(self, every: Duration) {
+        let mut ticks = interval(every);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut was_silent = false;
+        loop {
+            ticks.tick().await;
+            match client::info(self.api, INFO).await {
+                Ok(claim) => {
+                    was_silent = false;
+                    self.claims(claim);
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut was_silent, true) {
+                        let (member, api) = (self.member, self.api);
+                        tracing::warn!(%member, %api, %error, "LiteFS's API does not answer");
+                    }
+                    self.silent();
+                }
+            }
+        }
+    }
+
+    fn silent(&self) {
+        self.observer.observe(Saw::Silent { address: self.member }, Source::Litefs);
+    }
+
+    /// Follows `/events`, which tells of a new role or transaction within milliseconds.
+    pub(super) async fn follow(self) {
+        let mut pause = BACKOFF;
+        loop {
+            let opened = Instant::now();
+            let ended = self.stream().await;
+            // Where the node is now, nobody can say.
+            self.progress.set(Positions::default());
+            if let Err(error) = ended {
+                tracing::debug!(member = %self.member, %error, "stream of events broke");
             }
             // The stream ends with the process: ask at once rather than at the next poll.
-            if client::info(api, INFO).await.is_err() {
-                observer.observe(Saw::Silent { address: member }, Source::Litefs);
+            if client::info(self.api, INFO).await.is_err() {
+                self.silent();
+            }
+            if opened.elapsed() > LONGEST {
+                pause = BACKOFF;
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST);
+        }
+    }
+
+    async fn stream(&self) -> Result<(), CallError> {
+        let mut events = Events::open(self.api, INFO).await?;
+        // Opened first: whatever happens from here on is told, and what was before is read.
+        let mut positions = Positions::of(events.incarnation());
+        let read = client::Positions::of(self.api).read(INFO).await?;
+        let at = Instant::now();
+        for (name, position) in read.iter().filter(|(name, _)| self.follows(name)) {
+            positions.set(name, *position, at.into_std());
+        }
+        self.progress.set(positions.clone());
+        while let Some(told) = events.next().await? {
+            match told {
+                Told::Claim(claim) => self.claims(claim),
+                Told::Tx(name, position) => {
+                    let is_old = at.elapsed() < OVERLAP
+                        && read.iter().any(|(n, p)| *n == name && position.txid <= p.txid);
+                    if !is_old && self.follows(&name) {
+                        positions.set(&name, position, Instant::now().into_std());
+                        self.progress.set(positions.clone());
+                    }
+                }
             }
         }
-        if opened.elapsed() > LONGEST {
-            pause = BACKOFF;
+        Ok(())
+    }
+
+    /// Reads the exact position whenever somebody asks.
+    pub(super) async fn exact(self) {
+        let mut positions = client::Positions::of(self.api);
+        loop {
+            let ticket = self.progress.asked().await;
+            let known = self.progress.get().incarnation;
+            let answer = match positions.read(EXACT).await {
+                // The same process before and after: `/debug/vars` does not say whose it is.
+                Ok(read) if known.is_some() && self.progress.get().incarnation == known => {
+                    let now = Instant::now().into_std();
+                    let mut exact = Positions::of(known);
+                    for (name, position) in read.iter().filter(|(name, _)| self.follows(name)) {
+                        exact.set(name, *position, now);
+                    }
+                    Some(Arc::new(exact))
+                }
+                Ok(_) => None,
+                Err(error) => {
+                    tracing::debug!(member = %self.member, %error, "no exact position");
+                    None
+                }
+            };
+            self.progress.answer(ticket, answer);
         }
-        sleep(pause).await;
-        pause = (pause * 2).min(LONGEST);
     }
 }
 

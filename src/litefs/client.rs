@@ -10,8 +10,8 @@ use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, task::JoinHandle, time::timeout};
 
-use super::{CLUSTER_ID, EVENTS, Event, ID, INFO, Info, METRICS};
-use crate::topology::Claim;
+use super::{CLUSTER_ID, EVENTS, Event, ID, INFO, Info, METRICS, VARS, Vars};
+use crate::topology::{Claim, position::Position};
 
 /// The largest `/info` and the longest event.
 const SMALL: usize = 64 << 10;
@@ -33,6 +33,9 @@ pub enum CallError {
     /// Not 200.
     #[error("answered {0}")]
     Status(StatusCode),
+    /// The process has only just begun.
+    #[error("has not opened its databases yet")]
+    Early,
     /// Not what LiteFS says, or more of it than it ever does.
     #[error("answered something else than LiteFS does: {0}")]
     Strange(String),
@@ -68,6 +71,67 @@ pub async fn probe(address: SocketAddr, path: &str, limit: Duration) -> bool {
     matches!(timeout(limit, call).await, Ok(Ok(status)) if status.is_success())
 }
 
+/// Reads the exact positions of a node, again and again, over one connection.
+#[derive(Debug)]
+pub struct Positions {
+    api: SocketAddr,
+    kept: Option<Kept>,
+}
+
+impl Positions {
+    /// Of the node whose API is there.
+    pub fn of(api: SocketAddr) -> Self {
+        Self { api, kept: None }
+    }
+
+    /// Every database, by name.
+    pub async fn read(&mut self, limit: Duration) -> Result<Vec<(String, Position)>, CallError> {
+        let kept = self.kept.take();
+        let call = async {
+            let (response, kept) = match again(kept, self.api).await {
+                Some(answered) => answered,
+                // There was none, or it was closed just then: reading twice harms nobody.
+                None => open(self.api, VARS).await?,
+            };
+            if response.status() != StatusCode::OK {
+                return Err(CallError::Status(response.status()));
+            }
+            let body = read(response, LARGE).await?;
+            let vars: Vars = serde_json::from_slice(&body)
+                .map_err(|error| CallError::Strange(error.to_string()))?;
+            let mut all = Vec::new();
+            for (name, db) in vars.store.ok_or(CallError::Early)?.dbs {
+                // An empty database has no position yet.
+                if let Some(position) = super::position(&db.txid, &db.checksum) {
+                    all.push((name, position));
+                }
+            }
+            Ok((all, kept))
+        };
+        let (all, kept) = timeout(limit, call).await.unwrap_or(Err(CallError::Timeout))?;
+        self.kept = Some(kept);
+        Ok(all)
+    }
+}
+
+type Kept = (http1::SendRequest<Empty<Bytes>>, Connection);
+
+async fn again(kept: Option<Kept>, api: SocketAddr) -> Option<(Response<Incoming>, Kept)> {
+    let (mut sender, connection) = kept?;
+    sender.ready().await.ok()?;
+    let response = sender.send_request(request(api, VARS).ok()?).await.ok()?;
+    Some((response, (sender, connection)))
+}
+
+/// What a stream of events tells.
+#[derive(Debug)]
+pub enum Told {
+    /// What the node is.
+    Claim(Claim),
+    /// A database got on.
+    Tx(String, Position),
+}
+
 /// A node's stream of events.
 #[derive(Debug)]
 pub struct Events {
@@ -88,19 +152,32 @@ impl Events {
         Ok(Self { body, _connection: connection, line: BytesMut::new(), incarnation, cluster })
     }
 
-    /// The next change of role. `None` when the stream ended.
-    pub async fn next(&mut self) -> Result<Option<Claim>, CallError> {
+    /// The process that speaks (`Litefs-Id`).
+    pub fn incarnation(&self) -> Option<u64> {
+        self.incarnation
+    }
+
+    /// What is told next. `None` when the stream ended.
+    pub async fn next(&mut self) -> Result<Option<Told>, CallError> {
         loop {
             while let Some(end) = self.line.iter().position(|byte| *byte == b'\n') {
                 let line = self.line.split_to(end);
                 self.line.advance(1);
                 let event = serde_json::from_slice(&line)
                     .map_err(|error| CallError::Strange(error.to_string()))?;
-                if let Event::Init { data } | Event::PrimaryChange { data } = event {
-                    let cluster = self.cluster.clone();
-                    let claim =
-                        super::claim(self.incarnation, cluster, data.is_primary, &data.hostname);
-                    return Ok(Some(claim));
+                match event {
+                    Event::Init { data } | Event::PrimaryChange { data } => {
+                        let (id, cluster) = (self.incarnation, self.cluster.clone());
+                        let claim = super::claim(id, cluster, data.is_primary, &data.hostname);
+                        return Ok(Some(Told::Claim(claim)));
+                    }
+                    Event::Tx { db, data } => {
+                        let position = super::position(&data.txid, &data.checksum);
+                        let position =
+                            position.ok_or_else(|| CallError::Strange("no position".into()))?;
+                        return Ok(Some(Told::Tx(db, position)));
+                    }
+                    Event::Other => {}
                 }
             }
             if self.line.len() > SMALL {
@@ -140,7 +217,20 @@ async fn get_any(
     address: SocketAddr,
     path: &str,
 ) -> Result<(Response<Incoming>, Connection), CallError> {
+    let (response, (_sender, connection)) = open(address, path).await?;
+    Ok((response, connection))
+}
+
+fn request(address: SocketAddr, path: &str) -> Result<Request<Empty<Bytes>>, CallError> {
+    Request::get(path)
+        .header(header::HOST, address.to_string())
+        .body(Empty::new())
+        .map_err(|error| CallError::Strange(error.to_string()))
+}
+
+async fn open(address: SocketAddr, path: &str) -> Result<(Response<Incoming>, Kept), CallError> {
     let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
     // A peer that vanished without a word is told from an idle one by the kernel.
     let keepalive = socket2::TcpKeepalive::new()
         .with_time(Duration::from_secs(2))
@@ -153,11 +243,8 @@ async fn get_any(
         // How it ended is what the call sees.
         let _ = driver.await;
     }));
-    let request = Request::get(path)
-        .header(header::HOST, address.to_string())
-        .body(Empty::<Bytes>::new())
-        .map_err(|error| CallError::Strange(error.to_string()))?;
-    Ok((sender.send_request(request).await?, connection))
+    let response = sender.send_request(request(address, path)?).await?;
+    Ok((response, (sender, connection)))
 }
 
 fn identity<B>(response: &Response<B>) -> (Option<u64>, Option<Arc<str>>) {

@@ -1,10 +1,10 @@
 //! LiteFS's own words, spelled once. `reference/litefs.md` section 2 is the contract.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::Deserialize;
 
-use crate::topology::Claim;
+use crate::topology::{Claim, position::Position};
 
 pub mod client;
 
@@ -12,6 +12,8 @@ pub mod client;
 pub const INFO: &str = "/info";
 /// The push stream of changes.
 pub const EVENTS: &str = "/events";
+/// Go's expvar, the only place with the exact positions of all databases.
+pub const VARS: &str = "/debug/vars";
 /// Prometheus text, for the lag.
 pub const METRICS: &str = "/metrics";
 /// Drawn at every process start.
@@ -40,7 +42,10 @@ pub struct Named {
     pub hostname: String,
 }
 
-/// A line of [`EVENTS`] that tells of roles. Others are [`Event::Other`].
+/// The cookie by which a client of LiteFS's proxy reads its writes: a TXID.
+pub const TXID_COOKIE: &str = "__txid";
+
+/// A line of [`EVENTS`]. What is not known is [`Event::Other`].
 #[derive(Clone, Debug, Deserialize)]
 #[serde(tag = "type")]
 pub enum Event {
@@ -56,9 +61,61 @@ pub enum Event {
         /// What it is now.
         data: Standing,
     },
-    /// A transaction, or something that a newer LiteFS tells.
+    /// A transaction, committed or applied.
+    #[serde(rename = "tx")]
+    Tx {
+        /// The database's name.
+        db: String,
+        /// Where it is now.
+        data: Tx,
+    },
+    /// Something that a newer LiteFS tells.
     #[serde(other)]
     Other,
+}
+
+/// A transaction, by an event.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Tx {
+    /// 16 hexadecimal digits.
+    #[serde(rename = "txID")]
+    pub txid: String,
+    /// Likewise.
+    #[serde(rename = "postApplyChecksum")]
+    pub checksum: String,
+}
+
+/// What [`VARS`] tells of the databases.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Vars {
+    /// Absent for the first instants of a process.
+    #[serde(default)]
+    pub store: Option<Store>,
+}
+
+/// All databases of a node.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Store {
+    /// By name.
+    #[serde(default)]
+    pub dbs: BTreeMap<String, Db>,
+}
+
+/// One of them.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Db {
+    /// 16 hexadecimal digits.
+    pub txid: String,
+    /// Likewise.
+    pub checksum: String,
+}
+
+/// A position as LiteFS writes it. `None`: not as LiteFS writes it.
+pub fn position(txid: &str, checksum: &str) -> Option<Position> {
+    Some(Position {
+        txid: Position::parse_hex(txid.as_bytes())?,
+        checksum: Position::parse_hex(checksum.as_bytes())?,
+    })
 }
 
 /// What a node is, by an event.
@@ -80,7 +137,7 @@ pub fn claim(
     hostname: &str,
 ) -> Claim {
     let primary = Some(hostname).filter(|name| !name.is_empty()).map(Arc::from);
-    Claim { incarnation, cluster, is_primary, primary }
+    Claim { incarnation, cluster, is_primary, primary, positions: None }
 }
 
 /// Finds the lag in Prometheus text, in seconds.
@@ -95,8 +152,13 @@ mod tests {
 
     #[test]
     fn events_that_nobody_knows_are_passed_over() {
-        let line = r#"{"type":"tx","db":"app.db","data":{"txID":"0000000000000005"}}"#;
+        let line = r#"{"type":"halt","db":"app.db","data":{"by":"somebody"}}"#;
         assert!(matches!(serde_json::from_str(line), Ok(Event::Other)));
+        let line = r#"{"type":"tx","db":"app.db","data":{"txID":"0000000000000005","postApplyChecksum":"8000000000000005","pageSize":4096}}"#;
+        let event: Event = serde_json::from_str(line).unwrap();
+        let Event::Tx { db, data } = event else { panic!("a transaction") };
+        assert_eq!(db, "app.db");
+        assert_eq!(position(&data.txid, &data.checksum).map(|position| position.txid), Some(5));
         let line = r#"{"type":"primaryChange","data":{"isPrimary":false,"hostname":"n2"}}"#;
         let event: Event = serde_json::from_str(line).unwrap();
         assert!(matches!(event, Event::PrimaryChange { data } if data.hostname == "n2"));

@@ -5,7 +5,8 @@
 //! [`Observation`]s with [`reconcile`] and publishes whole snapshots through
 //! [`watch`]; every reader decides from the one snapshot it took.
 //!
-//! Pure, but for [`watch`]: time is an argument, nothing here opens a socket, logs or counts.
+//! Pure, but for [`watch`] and [`progress`], the cells that one writes and many read: time is an
+//! argument, nothing here opens a socket, logs or counts.
 
 use std::{
     fmt,
@@ -13,6 +14,9 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+
+use position::Positions;
+use progress::{Bell, Progress};
 
 /// Everything believed of one cluster at one moment.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +35,21 @@ pub struct Topology {
     pub resolved: bool,
     /// Whether the last attempt to list the members failed, so that `nodes` is the last good list.
     pub stale: bool,
+    /// The primaries seen so far, oldest first, as far as their process is known. Bounded.
+    pub lineage: Arc<[Epoch]>,
+    /// The id that LiteFS gave the cluster, once a node told it.
+    pub cluster_id: Option<Arc<str>>,
+    /// Rung when a node of this cluster gets on.
+    pub bell: Arc<Bell>,
+}
+
+/// The time of one primary. What its predecessor had done beyond `start` is lost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Epoch {
+    /// The process that is, or was, primary (`Litefs-Id`).
+    pub incarnation: u64,
+    /// Where its databases were when it became primary, as far as that was seen.
+    pub start: Option<Arc<Positions>>,
 }
 
 impl Topology {
@@ -98,6 +117,8 @@ pub struct Node {
     pub admitted: Option<Instant>,
     /// Whether it is the pod that litegate runs beside (`prefer = "local"`).
     pub local: bool,
+    /// Where its databases are: not part of the snapshot, but always the latest.
+    pub progress: Arc<Progress>,
 }
 
 impl Node {
@@ -318,6 +339,13 @@ pub enum Change {
     },
     /// The members could not be listed (`true`), or can be again.
     Stale(bool),
+    /// Writes that were acknowledged by the primary before are not in the history of the one now.
+    WritesLost {
+        /// The primary before.
+        from: Arc<str>,
+        /// How many, of those that went through this litegate.
+        writes: u64,
+    },
     /// A name for an address was learned.
     Named {
         /// The name.
@@ -358,9 +386,13 @@ pub struct Claim {
     /// Whom it names as primary. Empty under a static lease without a hostname: no name there
     /// does not mean no primary.
     pub primary: Option<Arc<str>>,
+    /// Where its databases were when it said so, as far as that is known.
+    pub positions: Option<Arc<Positions>>,
 }
 
 pub mod eject;
 mod names;
+pub mod position;
+pub mod progress;
 pub mod reconcile;
 pub mod watch;

@@ -60,6 +60,7 @@ mod tests {
             record: eject::Record::default(),
             probed_healthy: true,
             admitted: None,
+            progress: std::sync::Arc::default(),
             local: false,
         }
     }

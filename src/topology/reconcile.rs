@@ -22,8 +22,10 @@ use std::{
 };
 
 use super::{
-    Change, Claim, Freshness, Member, Node, NodeId, Observation, Presence, PrimaryGap, PrimaryName,
-    Role, Saw, Topology, eject,
+    Change, Claim, Epoch, Freshness, Member, Node, NodeId, Observation, Presence, PrimaryGap,
+    PrimaryName, Role, Saw, Topology, eject,
+    position::Positions,
+    progress::{Bell, Progress},
 };
 
 /// How long a claimant may be silent.
@@ -34,6 +36,8 @@ const HINT_LIFE: Duration = Duration::from_secs(30);
 const DRAIN_GRACE: Duration = Duration::from_mins(1);
 /// Members of one cluster. More are ignored: a listing of thousands is a mistake.
 const MEMBERS: usize = 256;
+/// Primaries that are remembered: a token that is older than all of them is judged by its number.
+const EPOCHS: usize = 16;
 
 /// What the operator wants believed.
 #[derive(Clone, Debug)]
@@ -68,6 +72,7 @@ pub struct State {
     gap_from: Option<Arc<str>>,
     resolved: bool,
     stale: bool,
+    bell: Arc<Bell>,
 }
 
 #[derive(Clone, Debug)]
@@ -78,6 +83,8 @@ struct Known {
     /// It said what it is.
     spoke: bool,
     claims: Option<Standing>,
+    /// Where it was when it last spoke.
+    positions: Option<Arc<Positions>>,
     silent_since: Option<Instant>,
     left_at: Option<Instant>,
     refused: bool,
@@ -107,7 +114,9 @@ impl State {
             gap_from: None,
             resolved: false,
             stale: false,
+            bell: seed.map_or_else(Arc::default, |seed| Arc::clone(&seed.bell)),
         };
+        state.believed.bell = Arc::clone(&state.bell);
         if let Some(seed) = seed {
             state.next_id = seed.nodes.iter().map(|node| node.id.0 + 1).max().unwrap_or(0);
             for node in &seed.nodes {
@@ -116,6 +125,7 @@ impl State {
                 state.nodes.insert(node.address, known);
             }
             state.resolved = seed.resolved;
+            state.cluster.clone_from(&seed.cluster_id);
             state.believed = seed.clone();
         }
         state
@@ -236,6 +246,7 @@ impl State {
                 record: eject::Record::default(),
                 probed_healthy: true,
                 admitted: (!first).then_some(at),
+                progress: Progress::new(Arc::clone(&self.bell)),
             };
             self.nodes.insert(member.address, Known::new(node, listed));
             changes.push(Change::Joined { node: name, address: member.address });
@@ -284,6 +295,7 @@ impl State {
         {
             // Another process: what was known of the old one is worth nothing.
             known.claims = None;
+            known.positions = None;
             known.node.id = NodeId(self.next_id);
             self.next_id += 1;
             known.node.record = eject::Record::default();
@@ -293,6 +305,9 @@ impl State {
             changes.push(Change::Restarted { node: Arc::clone(&known.node.name) });
         }
         known.incarnation = claim.incarnation.or(known.incarnation);
+        if claim.positions.is_some() {
+            known.positions.clone_from(&claim.positions);
+        }
         let seen_before = std::mem::replace(&mut known.spoke, true);
         match (claim.is_primary, known.claims) {
             (true, None) => {
@@ -374,6 +389,7 @@ impl State {
             && (primary.is_some() || old.primary_gap == gap)
             && old.resolved == self.resolved
             && old.stale == self.stale
+            && old.cluster_id == self.cluster
             && old.nodes.len() == nodes.len()
             && old.nodes.iter().zip(&nodes).all(|(a, b)| is_same(a, b));
         if same {
@@ -410,7 +426,25 @@ impl State {
             nodes,
             resolved: self.resolved,
             stale: self.stale,
+            lineage: self.lineage(primary),
+            cluster_id: self.cluster.clone(),
+            bell: Arc::clone(&self.bell),
         };
+    }
+
+    /// The primaries so far, `primary` being the last.
+    fn lineage(&self, primary: Option<NodeId>) -> Arc<[Epoch]> {
+        let before = &self.believed.lineage;
+        let known = self.nodes.values().find(|known| Some(known.node.id) == primary);
+        let Some((known, incarnation)) = known.and_then(|k| Some((k, k.incarnation?))) else {
+            return Arc::clone(before);
+        };
+        if before.last().is_some_and(|last| last.incarnation == incarnation) {
+            return Arc::clone(before);
+        }
+        let epoch = Epoch { incarnation, start: known.positions.clone() };
+        let kept = before.len().saturating_sub(EPOCHS - 1);
+        before.iter().skip(kept).cloned().chain([epoch]).collect()
     }
 
     /// Listed nodes that claim to be primary and can be heard.
@@ -480,6 +514,7 @@ impl Known {
             incarnation: None,
             spoke: false,
             claims: None,
+            positions: None,
             silent_since: None,
             left_at: None,
             refused: false,
@@ -732,6 +767,7 @@ mod tests {
                     cluster: cluster.map(|c| c.to_string().into()),
                     is_primary,
                     primary: None,
+                    positions: None,
                 },
             },
         );
