@@ -557,10 +557,11 @@ fn observe(
 ) -> Watched {
     let hostname = std::env::var("HOSTNAME").ok().map(Arc::from);
     let name = Arc::clone(&cluster.name);
+    let cells = metrics.discovery(&name);
     let counted = move |change: &topology::Change| metrics.changed(&name, change);
     Watched {
         config: cluster.clone(),
-        discovery: discovery::start(cluster, seed, hostname, counted),
+        discovery: discovery::start(cluster, seed, hostname, cells, counted),
         hold: Hold::new(&cluster.hold),
     }
 }
