@@ -121,3 +121,25 @@ async fn reload(path: &std::path::Path, orders: &mpsc::Sender<Order>, metrics: &
         Err(_) => {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use notify::event::{CreateKind, ModifyKind};
+
+    use super::*;
+
+    #[test]
+    fn looking_at_the_file_is_no_change_of_it() {
+        for access in [AccessKind::Open(AccessMode::Any), AccessKind::Close(AccessMode::Read)] {
+            assert!(is_a_read(EventKind::Access(access)), "{access:?}");
+        }
+        for change in [
+            EventKind::Access(AccessKind::Close(AccessMode::Write)),
+            EventKind::Modify(ModifyKind::Any),
+            EventKind::Create(CreateKind::Any),
+            EventKind::Any,
+        ] {
+            assert!(!is_a_read(change), "{change:?}");
+        }
+    }
+}

@@ -4,6 +4,7 @@ mod dns;
 mod gate;
 mod http;
 mod leaving;
+mod process;
 mod reads;
 mod writes;
 
