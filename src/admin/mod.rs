@@ -18,12 +18,15 @@ use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+};
 
 use crate::{
     config::Config,
     telemetry::metrics::Metrics,
-    topology::{Freshness, Presence, PrimaryGap, Role, Topology, watch},
+    topology::{Freshness, Presence, PrimaryGap, Role, Topology, watch::Reader},
 };
 
 /// Connections at once; more wait in the kernel's backlog.
@@ -44,18 +47,14 @@ const PATHS: &[(&str, &str)] = &[
 #[derive(Debug)]
 pub struct Admin {
     metrics: Arc<Metrics>,
-    clusters: Mutex<Vec<(Arc<str>, watch::Reader)>>,
+    clusters: Mutex<Vec<(Arc<str>, Reader)>>,
     config: Mutex<Arc<str>>,
     draining: AtomicBool,
 }
 
 impl Admin {
     /// For a process that has just started.
-    pub fn new(
-        metrics: Arc<Metrics>,
-        clusters: Vec<(Arc<str>, watch::Reader)>,
-        config: &Config,
-    ) -> Self {
+    pub fn new(metrics: Arc<Metrics>, clusters: Vec<(Arc<str>, Reader)>, config: &Config) -> Self {
         Self {
             metrics,
             clusters: Mutex::new(clusters),
@@ -65,7 +64,7 @@ impl Admin {
     }
 
     /// After a reload.
-    pub fn update(&self, clusters: Vec<(Arc<str>, watch::Reader)>, config: &Config) {
+    pub fn update(&self, clusters: Vec<(Arc<str>, Reader)>, config: &Config) {
         *self.clusters.lock().unwrap_or_else(PoisonError::into_inner) = clusters;
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = render(config);
     }
@@ -75,7 +74,7 @@ impl Admin {
         self.draining.store(true, Ordering::Relaxed);
     }
 
-    fn clusters(&self) -> Vec<(Arc<str>, watch::Reader)> {
+    fn clusters(&self) -> Vec<(Arc<str>, Reader)> {
         self.clusters.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -197,28 +196,54 @@ fn problem(status: StatusCode, detail: &str) -> Response<Full<Bytes>> {
     text(status, "application/problem+json", format!("{body}\n"))
 }
 
-/// Serves until the runtime ends.
-pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
+/// Serves until the other end of `open` is dropped: then no more connections are taken, and those
+/// that there are end with the answer they are at.
+pub async fn serve(listener: TcpListener, admin: Arc<Admin>, open: watch::Receiver<()>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut closed = std::pin::pin!(until_closed(open.clone()));
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        let Ok((stream, _)) = listener.accept().await else {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            continue;
+        let accepted = tokio::select! {
+            () = &mut closed => return,
+            accepted = accept(&listener, &places) => accepted,
         };
-        let admin = Arc::clone(&admin);
+        let Some((stream, place)) = accepted else { continue };
+        let (admin, open) = (Arc::clone(&admin), open.clone());
         tokio::spawn(async move {
             let service = service_fn(|request: Request<Incoming>| {
                 let answer = admin.answer(&request);
                 async { Ok::<_, Infallible>(answer) }
             });
+            let mut connection = std::pin::pin!(
+                http1::Builder::new()
+                    .timer(TokioTimer::new())
+                    .header_read_timeout(HEAD)
+                    .serve_connection(TokioIo::new(stream), service)
+            );
             // How a scraper's connection ends is its own affair.
-            let _ = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD)
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
+            tokio::select! {
+                _ = connection.as_mut() => {}
+                () = until_closed(open) => {
+                    connection.as_mut().graceful_shutdown();
+                    let _ = connection.await;
+                }
+            }
             drop(place);
         });
     }
+}
+
+async fn accept(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> Option<(TcpStream, OwnedSemaphorePermit)> {
+    let place = Arc::clone(places).acquire_owned().await.ok()?;
+    if let Ok((stream, _)) = listener.accept().await {
+        return Some((stream, place));
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    None
+}
+
+async fn until_closed(mut open: watch::Receiver<()>) {
+    while open.changed().await.is_ok() {}
 }

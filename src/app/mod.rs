@@ -4,37 +4,27 @@
 //! each data-plane worker has one too, with its own listening sockets. They meet in snapshots,
 //! observations and commands.
 
-use std::{
-    cell::RefCell, io, net::SocketAddr, path::PathBuf, process::ExitCode, rc::Rc, sync::Arc,
-    thread::JoinHandle, time::Duration,
-};
+use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, thread::JoinHandle};
 
-use bytes::Bytes;
-use http::{Request, Response};
-use hyper::body::Incoming;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
-    task::LocalSet,
 };
 
 use crate::{
     admin::{self, Admin},
-    config::{Config, listener::Listener},
+    config::{self, Config, listener::Listener},
     discovery::{self, Discovery},
-    proxy::{Client, Hold, Parts, Proxy, Shared},
-    server::{self, Accepting, ClientFault, Conn, Limits, Origin, drain, listener},
-    telemetry::{
-        access_log::{AccessLog, Sink},
-        metrics::Metrics,
-    },
+    proxy::{Hold, Shared},
+    server::listener,
+    telemetry::{access_log::AccessLog, metrics::Metrics},
     topology,
 };
+use worker::{Command, Outfit, limits, work};
 
 mod reload;
+mod worker;
 
-/// How often a worker tidies up.
-const TIDY: Duration = Duration::from_secs(1);
 /// Commands that wait for a worker.
 const COMMANDS: usize = 16;
 
@@ -53,11 +43,20 @@ pub struct Running {
     control: JoinHandle<Ended>,
 }
 
+/// Where a configuration's sockets really are: port 0 is resolved.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Addresses {
+    /// The listeners, in the order of the configuration.
+    pub listeners: Vec<SocketAddr>,
+    /// The admin listener.
+    pub admin: Option<SocketAddr>,
+}
+
 /// What the control plane is told.
 #[derive(Debug)]
 enum Order {
     /// Use this configuration from now on.
-    Reload(Box<Config>, tokio::sync::oneshot::Sender<Result<(), String>>),
+    Reload(Box<Config>, tokio::sync::oneshot::Sender<Result<Addresses, String>>),
     /// Open log files anew.
     Reopen,
     /// Leave, finishing what runs.
@@ -76,11 +75,11 @@ pub enum Ended {
 }
 
 impl Running {
-    /// Uses another configuration, all or nothing.
+    /// Uses another configuration, all or nothing. Returns where it listens now.
     ///
     /// # Errors
     /// Why nothing was changed.
-    pub async fn reload(&self, config: Config) -> Result<(), String> {
+    pub async fn reload(&self, config: Config) -> Result<Addresses, String> {
         let (answer, answered) = tokio::sync::oneshot::channel();
         let order = Order::Reload(Box::new(config), answer);
         self.orders.send(order).await.map_err(|_| "litegate is stopping".to_owned())?;
@@ -123,12 +122,7 @@ pub fn start(config: Config) -> io::Result<Running> {
     }
     let admin_socket = match config.admin.address {
         None => None,
-        Some(address) => {
-            let socket = std::net::TcpListener::bind(address)
-                .map_err(|error| named(error, "admin.address", address))?;
-            socket.set_nonblocking(true)?;
-            Some(socket)
-        }
+        Some(address) => Some(bind_admin(address, None)?),
     };
     let admin = admin_socket.as_ref().map(std::net::TcpListener::local_addr).transpose()?;
     let log = AccessLog::start(&config.access_log, Arc::clone(&metrics))?;
@@ -144,7 +138,7 @@ pub fn start(config: Config) -> io::Result<Running> {
             }
         };
         runtime.block_on(async move {
-            match Control::start(config, sockets, admin_socket, log, counted) {
+            match Control::start(config, sockets, admin_socket, log, counted).await {
                 Err(error) => {
                     let _ = ready.send(Err(error));
                     Ended::Cut
@@ -166,6 +160,16 @@ fn bind(address: SocketAddr, workers: usize) -> io::Result<Vec<std::net::TcpList
     listener::bind(address, workers).map_err(|error| named(error, "listener", address))
 }
 
+/// Binds the admin listener: to an address that nobody else has, except for ours (`beside`), which
+/// it is about to replace.
+fn bind_admin(
+    address: SocketAddr,
+    beside: Option<SocketAddr>,
+) -> io::Result<std::net::TcpListener> {
+    let replaces = beside.is_some_and(|ours| ours.port() == address.port());
+    listener::bind_alone(address, replaces).map_err(|error| named(error, "admin.address", address))
+}
+
 fn named(error: io::Error, what: &str, address: SocketAddr) -> io::Error {
     io::Error::new(error.kind(), format!("{what} {address}: {error}"))
 }
@@ -182,7 +186,7 @@ fn address_of(sockets: &[std::net::TcpListener]) -> io::Result<SocketAddr> {
 /// # Errors
 /// Whatever kept it from starting.
 pub fn run(path: PathBuf, config: Config) -> io::Result<ExitCode> {
-    let running = start(config)?;
+    let running = start(config.clone())?;
     for address in &running.listeners {
         tracing::info!(%address, "listening");
     }
@@ -192,7 +196,7 @@ pub fn run(path: PathBuf, config: Config) -> io::Result<ExitCode> {
     let orders = running.orders.clone();
     let metrics = Arc::clone(&running.metrics);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(reload::follow(path, orders, metrics, &running.control))?;
+    runtime.block_on(reload::follow(path, config, orders, metrics, &running.control))?;
     Ok(match running.join() {
         Ended::Drained => ExitCode::SUCCESS,
         Ended::Cut => ExitCode::FAILURE,
@@ -201,7 +205,7 @@ pub fn run(path: PathBuf, config: Config) -> io::Result<ExitCode> {
 
 /// One cluster as the control plane keeps it.
 struct Watched {
-    config: crate::config::cluster::Cluster,
+    config: config::cluster::Cluster,
     discovery: Discovery,
     hold: Arc<Hold>,
 }
@@ -211,11 +215,47 @@ struct Control {
     config: Arc<Config>,
     clusters: Vec<Watched>,
     workers: Vec<Worker>,
-    /// Where each configured listener really is: port 0 is resolved once.
+    /// Every listener there ever was, as last configured. A place here is a listener's number:
+    /// connections that outlive their listener keep theirs, and one that comes back gets its own.
+    listeners: Vec<Opened>,
     metrics: Arc<Metrics>,
     log: Option<AccessLog>,
+    /// Access logs that are no longer written to, but by requests that began before a reload.
+    former_logs: Vec<AccessLog>,
     admin: Arc<Admin>,
+    admin_socket: Option<AdminSocket>,
     instance: Arc<str>,
+}
+
+/// A listener that is, or was, open.
+struct Opened {
+    config: Listener,
+    /// Where it really is. `None`: it was closed.
+    bound: Option<SocketAddr>,
+}
+
+/// The admin listener, until dropped.
+struct AdminSocket {
+    bound: SocketAddr,
+    _open: watch::Sender<()>,
+}
+
+/// Whether something is replaced.
+enum Swap<T> {
+    Keep,
+    For(T),
+}
+
+/// What a reload would change of the sockets: bound already, used by nobody yet.
+struct Prepared {
+    /// For each configured listener, its number.
+    numbers: Vec<usize>,
+    /// The sockets of those that are not open yet.
+    sockets: Vec<(usize, SocketAddr, Vec<std::net::TcpListener>)>,
+    /// Where the admin listener moves.
+    admin: Swap<Option<std::net::TcpListener>>,
+    /// The new access log.
+    log: Swap<Option<AccessLog>>,
 }
 
 /// A data-plane thread, as the control plane sees it.
@@ -225,46 +265,8 @@ struct Worker {
     done: watch::Receiver<bool>,
 }
 
-/// What a worker is told.
-enum Command {
-    /// Answer with this from now on.
-    Use(Box<Outfit>),
-    /// Listen here as well.
-    Listen(usize, std::net::TcpListener),
-    /// Take nothing new.
-    Drain,
-    /// End at once.
-    Stop,
-}
-
-/// What a worker's proxy is made of, on its way to the worker's thread.
-struct Outfit {
-    config: Arc<Config>,
-    clusters: Vec<Shared>,
-    metrics: Arc<Metrics>,
-    sink: Option<Sink>,
-    instance: Arc<str>,
-    worker: usize,
-}
-
-impl Outfit {
-    fn wear(self) -> Proxy {
-        let listeners: Vec<Arc<str>> =
-            self.config.listeners.iter().map(|l| l.address.to_string().into()).collect();
-        let clusters: Vec<_> =
-            self.config.clusters.iter().map(|cluster| Arc::clone(&cluster.name)).collect();
-        Proxy::new(Parts {
-            shard: self.metrics.shard(self.worker, &listeners, &clusters),
-            log: self.sink.map(Rc::new),
-            config: self.config,
-            clusters: self.clusters,
-            instance: self.instance,
-        })
-    }
-}
-
 impl Control {
-    fn start(
+    async fn start(
         config: Config,
         sockets: Vec<Vec<std::net::TcpListener>>,
         admin_socket: Option<std::net::TcpListener>,
@@ -278,14 +280,23 @@ impl Control {
             .map(|cluster| observe(cluster, None, Arc::clone(&metrics)))
             .collect();
         let admin = Arc::new(Admin::new(Arc::clone(&metrics), seen(&clusters), &config));
-        if let Some(socket) = admin_socket {
-            let listener = TcpListener::from_std(socket)?;
-            tokio::spawn(admin::serve(listener, Arc::clone(&admin)));
-        }
-        // Random, so that two instances behind each other are told apart.
-        let instance: Arc<str> = format!("litegate-{:08x}", fastrand::u32(..)).into();
-        let mut control =
-            Self { config, clusters, workers: Vec::new(), metrics, log, admin, instance };
+        let opened = config.listeners.iter().zip(&sockets).map(|(listener, sockets)| {
+            Ok(Opened { config: listener.clone(), bound: Some(address_of(sockets)?) })
+        });
+        let mut control = Self {
+            listeners: opened.collect::<io::Result<_>>()?,
+            config,
+            clusters,
+            workers: Vec::new(),
+            metrics,
+            log,
+            former_logs: Vec::new(),
+            admin,
+            admin_socket: None,
+            // Random, so that two instances behind each other are told apart.
+            instance: format!("litegate-{:08x}", fastrand::u32(..)).into(),
+        };
+        control.open_admin(admin_socket)?;
         for index in 0..control.config.server.workers.get() {
             let outfit = control.outfit(index);
             let (commands, commanded) = mpsc::channel(COMMANDS);
@@ -298,16 +309,32 @@ impl Control {
                 })?;
             control.workers.push(Worker { commands, thread: Some(thread), done });
         }
-        for (index, sockets) in sockets.into_iter().enumerate() {
-            control.listen(index, sockets);
+        for (number, sockets) in sockets.into_iter().enumerate() {
+            control.listen(number, sockets).await;
         }
         Ok(control)
     }
 
-    fn listen(&self, index: usize, sockets: Vec<std::net::TcpListener>) {
+    /// A worker that has ended hears nothing, and need not.
+    async fn listen(&self, number: usize, sockets: Vec<std::net::TcpListener>) {
         for (worker, socket) in self.workers.iter().zip(sockets) {
-            let _ = worker.commands.try_send(Command::Listen(index, socket));
+            let _ = worker.commands.send(Command::Listen(number, socket)).await;
         }
+    }
+
+    /// Serves the admin listener there from now on, and no longer where it was.
+    fn open_admin(&mut self, socket: Option<std::net::TcpListener>) -> io::Result<()> {
+        self.admin_socket = match socket {
+            None => None,
+            Some(socket) => {
+                let bound = socket.local_addr()?;
+                let listener = TcpListener::from_std(socket)?;
+                let (open, is_open) = watch::channel(());
+                tokio::spawn(admin::serve(listener, Arc::clone(&self.admin), is_open));
+                Some(AdminSocket { bound, _open: open })
+            }
+        };
+        Ok(())
     }
 
     fn outfit(&self, worker: usize) -> Outfit {
@@ -318,6 +345,7 @@ impl Control {
         });
         Outfit {
             config: Arc::clone(&self.config),
+            listeners: self.listeners.iter().map(|opened| opened.config.clone()).collect(),
             clusters: shared.collect(),
             metrics: Arc::clone(&self.metrics),
             sink: self.log.as_ref().and_then(AccessLog::sink),
@@ -330,7 +358,7 @@ impl Control {
         loop {
             match orders.recv().await {
                 Some(Order::Reload(config, answer)) => {
-                    let result = self.reload(*config);
+                    let result = self.reload(*config).await;
                     self.metrics.reloaded(result.is_ok());
                     let _ = answer.send(result);
                 }
@@ -340,36 +368,57 @@ impl Control {
                     }
                 }
                 Some(Order::Drain) => return self.drain(orders).await,
-                Some(Order::Stop) | None => return self.stop(),
+                Some(Order::Stop) | None => return self.stop().await,
             }
         }
     }
 
-    /// Applies another configuration, all or nothing.
-    fn reload(&mut self, config: Config) -> Result<(), String> {
+    /// Whatever of a reload can fail. Nothing has changed when it does.
+    fn prepare(&self, config: &Config) -> Result<Prepared, String> {
         if config.server.workers != self.config.server.workers {
             return Err("server.workers can't be changed without a restart".into());
         }
-        if config.admin != self.config.admin {
-            return Err("admin.address can't be changed without a restart".into());
-        }
-        if config.access_log != self.config.access_log {
-            return Err("access_log can't be changed without a restart".into());
-        }
-        let addresses = |config: &Config| -> Vec<SocketAddr> {
-            config.listeners.iter().map(|listener: &Listener| listener.address).collect()
-        };
-        let (old, new) = (addresses(&self.config), addresses(&config));
-        if new.get(..old.len()) != Some(&old[..]) {
-            return Err(
-                "listeners can be added, but neither moved nor removed, without a restart".into()
-            );
-        }
-        // Whatever can fail comes first.
+        let mut numbers = Vec::new();
         let mut sockets = Vec::new();
-        for (index, address) in new.iter().enumerate().skip(old.len()) {
-            let bound = bind(*address, self.workers.len()).map_err(|error| error.to_string())?;
-            sockets.push((index, bound));
+        let mut fresh = 0;
+        for listener in &config.listeners {
+            let known = self.listeners.iter().position(|o| o.config.address == listener.address);
+            let number = known.unwrap_or_else(|| {
+                fresh += 1;
+                self.listeners.len() + fresh - 1
+            });
+            let open = self.listeners.get(number).is_some_and(|opened| opened.bound.is_some());
+            if !open {
+                let bound = bind(listener.address, self.workers.len());
+                let address = bound
+                    .as_deref()
+                    .map_err(ToString::to_string)
+                    .and_then(|sockets| address_of(sockets).map_err(|error| error.to_string()))?;
+                sockets.push((number, address, bound.map_err(|error| error.to_string())?));
+            }
+            numbers.push(number);
+        }
+        let admin = if config.admin == self.config.admin {
+            Swap::Keep
+        } else {
+            let ours = self.admin_socket.as_ref().map(|socket| socket.bound);
+            let moved = config.admin.address.map(|address| bind_admin(address, ours)).transpose();
+            Swap::For(moved.map_err(|error| error.to_string())?)
+        };
+        let log = if config.access_log == self.config.access_log {
+            Swap::Keep
+        } else {
+            let log = AccessLog::start(&config.access_log, Arc::clone(&self.metrics));
+            Swap::For(log.map_err(|error| format!("access_log: {error}"))?)
+        };
+        Ok(Prepared { numbers, sockets, admin, log })
+    }
+
+    /// Applies another configuration, all or nothing.
+    async fn reload(&mut self, config: Config) -> Result<Addresses, String> {
+        let Prepared { numbers, sockets, admin, log } = self.prepare(&config)?;
+        if let Swap::For(socket) = admin {
+            self.open_admin(socket).map_err(|error| error.to_string())?;
         }
         let mut before: Vec<Watched> = std::mem::take(&mut self.clusters);
         for cluster in &config.clusters {
@@ -390,15 +439,47 @@ impl Control {
             };
             self.clusters.push(watched);
         }
+        if let Swap::For(log) = log
+            && let Some(mut former) = std::mem::replace(&mut self.log, log)
+        {
+            former.retire();
+            self.former_logs.push(former);
+        }
+        self.former_logs.retain(|log| !log.has_ended());
+        for (listener, number) in config.listeners.iter().zip(&numbers) {
+            match self.listeners.get_mut(*number) {
+                Some(opened) => opened.config = listener.clone(),
+                None => self.listeners.push(Opened { config: listener.clone(), bound: None }),
+            }
+        }
         self.config = Arc::new(config);
         self.admin.update(seen(&self.clusters), &self.config);
         for (index, worker) in self.workers.iter().enumerate() {
-            let _ = worker.commands.try_send(Command::Use(Box::new(self.outfit(index))));
+            let _ = worker.commands.send(Command::Use(Box::new(self.outfit(index)))).await;
         }
-        for (index, sockets) in sockets {
-            self.listen(index, sockets);
+        // The new ones first: who moves a listener wants to be reached at any time.
+        for (number, address, sockets) in sockets {
+            if let Some(opened) = self.listeners.get_mut(number) {
+                opened.bound = Some(address);
+            }
+            self.listen(number, sockets).await;
+            tracing::info!(%address, "listening");
         }
-        Ok(())
+        for (number, opened) in self.listeners.iter_mut().enumerate() {
+            if !numbers.contains(&number)
+                && let Some(address) = opened.bound.take()
+            {
+                for worker in &self.workers {
+                    let _ = worker.commands.send(Command::Close(number)).await;
+                }
+                tracing::info!(%address, "no longer listening, connections finish");
+            }
+        }
+        let bound = |number: &usize| self.listeners.get(*number).and_then(|opened| opened.bound);
+        Ok(Addresses {
+            listeners: numbers.iter().filter_map(bound).collect(),
+            admin: self.admin_socket.as_ref().map(|socket| socket.bound),
+        })
     }
 
     /// Readiness fails; after `drain.delay` nothing new is taken; what runs is finished within
@@ -437,14 +518,13 @@ impl Control {
             Ended::Drained
         } else {
             tracing::warn!("left before everything was finished");
-            self.stop();
-            Ended::Cut
+            self.stop().await
         }
     }
 
-    fn stop(&mut self) -> Ended {
+    async fn stop(&mut self) -> Ended {
         for worker in &self.workers {
-            let _ = worker.commands.try_send(Command::Stop);
+            let _ = worker.commands.send(Command::Stop).await;
         }
         self.join();
         Ended::Cut
@@ -460,10 +540,7 @@ impl Control {
 }
 
 /// Whether discovery sees the same by either configuration.
-fn is_observed_alike(
-    a: &crate::config::cluster::Cluster,
-    b: &crate::config::cluster::Cluster,
-) -> bool {
+fn is_observed_alike(a: &config::cluster::Cluster, b: &config::cluster::Cluster) -> bool {
     a.port == b.port
         && a.members == b.members
         && a.primary == b.primary
@@ -474,16 +551,17 @@ fn is_observed_alike(
 }
 
 fn observe(
-    cluster: &crate::config::cluster::Cluster,
+    cluster: &config::cluster::Cluster,
     seed: Option<&topology::Topology>,
     metrics: Arc<Metrics>,
 ) -> Watched {
     let hostname = std::env::var("HOSTNAME").ok().map(Arc::from);
     let name = Arc::clone(&cluster.name);
+    let cells = metrics.discovery(&name);
     let counted = move |change: &topology::Change| metrics.changed(&name, change);
     Watched {
         config: cluster.clone(),
-        discovery: discovery::start(cluster, seed, hostname, counted),
+        discovery: discovery::start(cluster, seed, hostname, cells, counted),
         hold: Hold::new(&cluster.hold),
     }
 }
@@ -492,124 +570,4 @@ fn seen(clusters: &[Watched]) -> Vec<(Arc<str>, topology::watch::Reader)> {
     let each =
         |watched: &Watched| (Arc::clone(&watched.config.name), watched.discovery.reader.clone());
     clusters.iter().map(each).collect()
-}
-
-/// A worker's share of the limits.
-fn limits(config: &Config) -> Limits {
-    let limits = config.limits;
-    Limits {
-        header_bytes: limits.header_bytes,
-        headers: limits.headers,
-        header_read: limits.header_read,
-        idle: limits.idle,
-        body_idle: limits.body_idle,
-        connections: (limits.connections / config.server.workers.get()).max(1),
-    }
-}
-
-/// A data-plane worker: one thread, one runtime, until told to end.
-fn work(outfit: Outfit, limits: Limits, mut commands: mpsc::Receiver<Command>) {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!(%error, "a worker can't start");
-            return;
-        }
-    };
-    let local = LocalSet::new();
-    local.block_on(&runtime, async move {
-        let gate = Rc::new(Gate { proxy: RefCell::new(Rc::new(outfit.wear())) });
-        let (trigger, watch) = drain::signal();
-        let accepting = Accepting::new(limits, watch);
-        let mut accepts = tokio::task::JoinSet::new();
-        let mut tidy = tokio::time::interval(TIDY);
-        loop {
-            let command = tokio::select! {
-                command = commands.recv() => command,
-                _ = tidy.tick() => {
-                    gate.current().tidy();
-                    continue;
-                }
-            };
-            match command {
-                Some(Command::Use(outfit)) => {
-                    accepting.set_limits(self::limits(&outfit.config));
-                    *gate.proxy.borrow_mut() = Rc::new(outfit.wear());
-                }
-                Some(Command::Listen(index, socket)) => match TcpListener::from_std(socket) {
-                    Ok(socket) => {
-                        let (gate, accepting) = (Rc::clone(&gate), accepting.clone());
-                        accepts.spawn_local(server::serve(
-                            socket,
-                            index,
-                            gate,
-                            accepting,
-                            std::future::pending(),
-                        ));
-                    }
-                    Err(error) => tracing::error!(%error, "a socket can't be used"),
-                },
-                Some(Command::Drain) => {
-                    trigger.start();
-                    while accepts.join_next().await.is_some() {}
-                    let mut finished = std::pin::pin!(accepting.finished());
-                    loop {
-                        tokio::select! {
-                            () = &mut finished => break,
-                            _ = tidy.tick() => gate.current().tidy(),
-                            command = commands.recv() => {
-                                if matches!(command, Some(Command::Stop) | None) {
-                                    break;
-                                }
-                            }
-                        }
-                    }
-                    gate.current().tidy();
-                    return;
-                }
-                Some(Command::Stop) | None => return,
-            }
-        }
-    });
-}
-
-/// What connections are served with: the proxy of the configuration that holds now.
-struct Gate {
-    proxy: RefCell<Rc<Proxy>>,
-}
-
-impl Gate {
-    fn current(&self) -> Rc<Proxy> {
-        Rc::clone(&self.proxy.borrow())
-    }
-}
-
-impl server::Service for Gate {
-    type Body = crate::proxy::ResponseBody;
-    type Client = Client;
-
-    fn opened(&self, origin: Origin) -> Client {
-        self.current().client(origin)
-    }
-
-    async fn call(
-        &self,
-        client: &Rc<Client>,
-        conn: &Rc<Conn>,
-        request: Request<Incoming>,
-    ) -> Response<Self::Body> {
-        // A reload does not change the rules in the middle of a request.
-        let proxy = self.current();
-        proxy.call(client, conn, request).await
-    }
-
-    fn refused(&self, _client: &Client, fault: ClientFault) {
-        self.current().refused(fault);
-    }
-
-    fn last_words(&self, _fault: ClientFault) -> Bytes {
-        Bytes::from_static(
-            b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
-        )
-    }
 }

@@ -6,7 +6,10 @@
 
 use std::{io, path::PathBuf, sync::Arc, thread::JoinHandle, time::Duration};
 
-use notify::{RecursiveMode, Watcher as _};
+use notify::{
+    Event, EventKind, RecursiveMode, Watcher as _,
+    event::{AccessKind, AccessMode},
+};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Notify, mpsc, oneshot},
@@ -14,7 +17,10 @@ use tokio::{
 };
 
 use super::{Ended, Order};
-use crate::{config::load, telemetry::metrics::Metrics};
+use crate::{
+    config::{Config, load},
+    telemetry::metrics::Metrics,
+};
 
 /// Events come in bursts; the last one counts.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -24,6 +30,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Passes signals and changes on until the control plane ends.
 pub(super) async fn follow(
     path: PathBuf,
+    running: Config,
     orders: mpsc::Sender<Order>,
     metrics: Arc<Metrics>,
     control: &JoinHandle<Ended>,
@@ -33,7 +40,12 @@ pub(super) async fn follow(
     let mut interrupt = signal(SignalKind::interrupt())?;
     let changed = Arc::new(Notify::new());
     let notice = Arc::clone(&changed);
-    let watcher = notify::recommended_watcher(move |_event| notice.notify_one());
+    let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+        if event.is_ok_and(|event| is_a_read(event.kind)) {
+            return;
+        }
+        notice.notify_one();
+    });
     let directory = path.parent().filter(|p| !p.as_os_str().is_empty());
     let directory = directory.map_or_else(|| PathBuf::from("."), PathBuf::from);
     let _watcher = match watcher {
@@ -49,12 +61,17 @@ pub(super) async fn follow(
         }
     };
     let mut text = std::fs::read_to_string(&path).unwrap_or_default();
+    // It may have changed between being loaded and being watched.
+    if load::load(&path, std::env::vars()).is_ok_and(|config| config != running) {
+        reload(&path, &orders, &metrics).await;
+    }
+    drop(running);
     loop {
         tokio::select! {
-            _ = terminate.recv() => { let _ = orders.try_send(Order::Drain); }
-            _ = interrupt.recv() => { let _ = orders.try_send(Order::Drain); }
+            _ = terminate.recv() => { let _ = orders.send(Order::Drain).await; }
+            _ = interrupt.recv() => { let _ = orders.send(Order::Drain).await; }
             _ = hangup.recv() => {
-                let _ = orders.try_send(Order::Reopen);
+                let _ = orders.send(Order::Reopen).await;
                 text = std::fs::read_to_string(&path).unwrap_or_default();
                 reload(&path, &orders, &metrics).await;
             }
@@ -69,6 +86,11 @@ pub(super) async fn follow(
             () = ended(control) => return Ok(()),
         }
     }
+}
+
+/// Our own look at the file is no change of it, and would bring the next look about.
+fn is_a_read(kind: EventKind) -> bool {
+    matches!(kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
 }
 
 async fn ended(control: &JoinHandle<Ended>) {
@@ -92,10 +114,32 @@ async fn reload(path: &std::path::Path, orders: &mpsc::Sender<Order>, metrics: &
         return;
     }
     match answered.await {
-        Ok(Ok(())) => tracing::info!("configuration reloaded"),
+        Ok(Ok(_addresses)) => tracing::info!("configuration reloaded"),
         Ok(Err(error)) => {
             tracing::error!(%error, "configuration refused, the running one stays in force");
         }
         Err(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use notify::event::{CreateKind, ModifyKind};
+
+    use super::*;
+
+    #[test]
+    fn looking_at_the_file_is_no_change_of_it() {
+        for access in [AccessKind::Open(AccessMode::Any), AccessKind::Close(AccessMode::Read)] {
+            assert!(is_a_read(EventKind::Access(access)), "{access:?}");
+        }
+        for change in [
+            EventKind::Access(AccessKind::Close(AccessMode::Write)),
+            EventKind::Modify(ModifyKind::Any),
+            EventKind::Create(CreateKind::Any),
+            EventKind::Any,
+        ] {
+            assert!(!is_a_read(change), "{change:?}");
+        }
     }
 }

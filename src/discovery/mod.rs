@@ -5,22 +5,20 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, SocketAddr},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{mpsc, watch as signal},
     task::{JoinHandle, JoinSet},
     time::{Instant, sleep_until},
 };
 
 use crate::{
     config::cluster::{Cluster, Members, Prefer, RoleSource, StaticNode},
+    telemetry::metrics::DiscoveryCells,
     topology::{
         Change, Member, Observation, Presence, PrimaryName, Saw, Source, Topology, eject,
         progress::Progress,
@@ -38,6 +36,9 @@ const _: () = assert!(crate::config::cluster::DATABASES == crate::topology::posi
 
 /// Observations that wait to be folded. More are dropped and counted: newer ones follow.
 const WAITING: usize = 1024;
+/// Names that are looked up at once because somebody used them. More are not: whoever keeps using
+/// a name gets it looked up later.
+const LOOKUPS: usize = 16;
 
 /// A cluster under observation, until dropped.
 #[derive(Debug)]
@@ -59,8 +60,8 @@ impl Drop for Discovery {
 #[derive(Clone, Debug)]
 pub struct Observer {
     sender: mpsc::Sender<Observation>,
-    dropped: Arc<AtomicU64>,
-    refresh: Arc<Notify>,
+    cells: Arc<DiscoveryCells>,
+    refresh: Arc<signal::Sender<()>>,
 }
 
 impl Observer {
@@ -68,27 +69,23 @@ impl Observer {
     pub fn observe(&self, saw: Saw, source: Source) {
         let at = Instant::now().into_std();
         if self.sender.try_send(Observation { saw, source, at }).is_err() {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+            self.cells.dropped();
         }
     }
 
-    /// Asks for the members to be listed anew, soon.
+    /// Asks for everything that comes from DNS to be looked up anew, soon.
     pub fn refresh_members(&self) {
-        self.refresh.notify_one();
-    }
-
-    /// Observations dropped so far.
-    pub fn dropped(&self) -> u64 {
-        self.dropped.load(Ordering::Relaxed)
+        self.refresh.send_replace(());
     }
 }
 
 /// Starts to observe a cluster, on the runtime that this is called on. `seed` is what an earlier
-/// configuration believed; `hostname` the pod beside us.
+/// configuration believed; `hostname` the pod beside us; `cells` where it is counted.
 pub fn start(
     cluster: &Cluster,
     seed: Option<&Topology>,
     hostname: Option<Arc<str>>,
+    cells: Arc<DiscoveryCells>,
     on_change: impl Fn(&Change) + Send + 'static,
 ) -> Discovery {
     let rules = Rules {
@@ -119,7 +116,7 @@ pub fn start(
     }
     let (publisher, reader) = watch::channel(state.topology().clone());
     let (sender, seen) = mpsc::channel(WAITING);
-    let observer = Observer { sender, dropped: Arc::default(), refresh: Arc::new(Notify::new()) };
+    let observer = Observer { sender, cells, refresh: Arc::new(signal::Sender::new(())) };
     let folding = Fold {
         cluster: cluster.clone(),
         observer: observer.clone(),
@@ -128,6 +125,7 @@ pub fn start(
         watched: HashMap::new(),
         sources: JoinSet::new(),
         acknowledging: None,
+        lookups: JoinSet::new(),
     };
     let task = tokio::spawn(folding.run(seen, on_change));
     Discovery { reader, observer, task }
@@ -142,6 +140,8 @@ struct Fold {
     /// The sources of each member: they end with it.
     watched: HashMap<SocketAddr, JoinSet<()>>,
     sources: JoinSet<()>,
+    /// Of single names, at most [`LOOKUPS`].
+    lookups: JoinSet<()>,
     /// The primary that acknowledged last.
     acknowledging: Option<Acknowledging>,
 }
@@ -229,9 +229,18 @@ impl Fold {
         for source in &self.cluster.primary {
             match source {
                 RoleSource::Litefs { .. } => {}
-                RoleSource::Instance { name } => {
-                    let name = PrimaryName::Instance(Arc::clone(name));
+                RoleSource::Instance { name: instance } => {
+                    let name = PrimaryName::Instance(Arc::clone(instance));
                     observer.observe(Saw::PrimaryIs(Some(name)), Source::Instance);
+                    if let Members::Dns(lookup) = &self.cluster.members {
+                        // A configured name means nothing until an address has it.
+                        self.sources.spawn(dns::named(
+                            lookup.clone(),
+                            Arc::clone(instance),
+                            self.cluster.port,
+                            observer.clone(),
+                        ));
+                    }
                 }
                 RoleSource::Dns(lookup) => {
                     self.sources.spawn(dns::primary(lookup.clone(), observer.clone()));
@@ -281,7 +290,7 @@ impl Fold {
             }
             self.watched.insert(address, tasks);
         }
-        // A configured name means nothing until an address has it.
+        // New addresses may be those of configured names.
         let instances = self.cluster.primary.iter().filter_map(|source| match source {
             RoleSource::Instance { name } => Some(Arc::clone(name)),
             _ => None,
@@ -305,14 +314,15 @@ impl Fold {
         if let Members::Dns(lookup) = &self.cluster.members
             && self.state.topology().named(name).is_none()
         {
-            let members = self.state.topology().nodes.iter().map(|n| n.address).collect();
-            while self.sources.try_join_next().is_some() {}
-            self.sources.spawn(dns::address_of(
-                lookup.clone(),
-                Arc::clone(name),
-                members,
-                self.observer.clone(),
-            ));
+            while self.lookups.try_join_next().is_some() {}
+            if self.lookups.len() < LOOKUPS {
+                self.lookups.spawn(dns::named_once(
+                    lookup.clone(),
+                    Arc::clone(name),
+                    self.cluster.port,
+                    self.observer.clone(),
+                ));
+            }
         }
     }
 }
@@ -352,5 +362,6 @@ fn record(cluster: &str, change: &Change) {
 
 /// Whether an address may be a member's at all.
 fn is_usable(ip: IpAddr) -> bool {
-    !ip.is_unspecified() && !ip.is_multicast()
+    let ip = ip.to_canonical();
+    !ip.is_unspecified() && !ip.is_multicast() && ip != IpAddr::V4(Ipv4Addr::BROADCAST)
 }

@@ -24,7 +24,7 @@ use self::{
 };
 pub use self::{cluster::Shared, hold::Hold, relay::ResponseBody};
 use crate::{
-    config::Config,
+    config::{Config, listener::Listener},
     decide::{
         self, Attempt, Cause, Class, Ended, Failure, FailureKind, History, HoldFor, Problem,
         choose::Choice,
@@ -53,6 +53,7 @@ mod upgrade;
 #[derive(Debug)]
 pub struct Proxy {
     config: Arc<Config>,
+    listeners: Vec<Listener>,
     clusters: Vec<Cluster>,
     shard: Arc<Shard>,
     log: Option<Rc<Sink>>,
@@ -83,6 +84,8 @@ impl Drop for Client {
 pub struct Parts {
     /// The configuration.
     pub config: Arc<Config>,
+    /// Every listener that a client may have come in by, in the order of [`Origin::listener`].
+    pub listeners: Vec<Listener>,
     /// For each of its clusters.
     pub clusters: Vec<Shared>,
     /// This worker's cells.
@@ -96,7 +99,7 @@ pub struct Parts {
 impl Proxy {
     /// For one worker.
     pub fn new(parts: Parts) -> Self {
-        let Parts { config, clusters, shard, log, instance } = parts;
+        let Parts { config, listeners, clusters, shard, log, instance } = parts;
         let workers = config.server.workers.get();
         let now = Instant::now();
         let clusters = config.clusters.iter().zip(clusters).enumerate();
@@ -110,6 +113,7 @@ impl Proxy {
             via: HeaderValue::from_str(&format!("1.1 {instance}"))
                 .unwrap_or_else(|_| HeaderValue::from_static("1.1 litegate")),
             config,
+            listeners,
             shard,
             log,
             instance,
@@ -131,7 +135,6 @@ impl Proxy {
     pub fn client(&self, origin: Origin) -> Client {
         self.shard.connection_opened(origin.listener);
         let trusted = self
-            .config
             .listeners
             .get(origin.listener)
             .is_some_and(|listener| listener.trusts(origin.peer.ip()));

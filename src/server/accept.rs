@@ -13,56 +13,81 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Limits, Origin, Service, conn, drain};
+use super::{Limits, Origin, Service, conn, drain, listener};
 
 /// How long accepting rests when the process is out of descriptors or memory: trying again at
 /// once would spin.
 const EXHAUSTED: Duration = Duration::from_millis(50);
 
-/// Accepts until the drain starts or `stop` resolves, then takes what is already in the kernel's
-/// queue and closes the socket. The connections go on; [`Accepting::finished`] waits for them.
+/// How long the listener stays open after it has stopped to take new handshakes: those that were
+/// under way end within a round trip.
+const HANDSHAKES: Duration = Duration::from_millis(100);
+
+/// Accepts until the drain starts, then takes whoever the kernel has shaken hands with and closes
+/// the socket. The connections finish what they have; [`Accepting::finished`] waits for them.
 pub async fn serve<S: Service + 'static>(
     listener: TcpListener,
     index: usize,
     service: Rc<S>,
     accepting: Accepting,
-    stop: impl Future<Output = ()>,
+    drain: drain::Watch,
 ) {
-    let mut stop = std::pin::pin!(stop);
+    accept_until_closed(&listener, index, &service, &accepting, &drain).await;
+    // Whoever the kernel has shaken hands with is a client that thinks it is connected. Asked
+    // directly: the runtime's readiness may lag behind the kernel's queue.
+    let Ok(listener) = listener.into_std() else { return };
+    while let Ok(place) = std::sync::Arc::clone(&accepting.places).try_acquire_owned() {
+        match listener.accept() {
+            Ok((stream, peer)) => {
+                if stream.set_nonblocking(true).is_ok()
+                    && let Ok(stream) = TcpStream::from_std(stream)
+                {
+                    accepting.start(stream, peer, index, &service, &drain, place);
+                }
+            }
+            Err(error) if is_about_one_connection(&error) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+async fn accept_until_closed<S: Service + 'static>(
+    listener: &TcpListener,
+    index: usize,
+    service: &Rc<S>,
+    accepting: &Accepting,
+    drain: &drain::Watch,
+) {
+    let mut closing = std::pin::pin!(async {
+        drain.started().await;
+        // Closing a listener resets the connections that nobody has accepted yet, so first no
+        // new ones may come about. Where the filter can't be set, that moment stays as short as
+        // the loop below makes it.
+        let last =
+            if listener::refuse_handshakes(listener).is_ok() { HANDSHAKES } else { Duration::ZERO };
+        tokio::time::sleep(last).await;
+    });
     loop {
         // Over the limit, new connections wait in the kernel's backlog.
         let place = tokio::select! {
             biased;
-            () = accepting.drain.started() => break,
-            () = &mut stop => break,
+            () = &mut closing => break,
             place = std::sync::Arc::clone(&accepting.places).acquire_owned() => place,
         };
         let Ok(place) = place else { break };
         let accepted = tokio::select! {
             biased;
             accepted = listener.accept() => accepted,
-            () = accepting.drain.started() => break,
-            () = &mut stop => break,
+            () = &mut closing => break,
         };
         match accepted {
-            Ok((stream, peer)) => accepting.start(stream, peer, index, &service, place),
+            Ok((stream, peer)) => accepting.start(stream, peer, index, service, drain, place),
             Err(error) if is_about_one_connection(&error) => {}
             Err(error) => {
                 tracing::error!(%error, "cannot accept connections");
                 tokio::time::sleep(EXHAUSTED).await;
             }
         }
-    }
-    // Whoever the kernel has shaken hands with is a client that thinks it is connected.
-    while let Ok(place) = std::sync::Arc::clone(&accepting.places).try_acquire_owned() {
-        let next = std::future::poll_fn(|cx| {
-            std::task::Poll::Ready(match listener.poll_accept(cx) {
-                std::task::Poll::Ready(Ok(accepted)) => Some(accepted),
-                _ => None,
-            })
-        });
-        let Some((stream, peer)) = next.await else { break };
-        accepting.start(stream, peer, index, &service, place);
     }
 }
 
@@ -82,25 +107,35 @@ fn is_about_one_connection(error: &io::Error) -> bool {
 #[derive(Clone, Debug)]
 pub struct Accepting {
     limits: Rc<Cell<Limits>>,
-    drain: drain::Watch,
     places: std::sync::Arc<Semaphore>,
     tasks: Rc<RefCell<JoinSet<()>>>,
 }
 
 impl Accepting {
     /// For one worker.
-    pub fn new(limits: Limits, drain: drain::Watch) -> Self {
+    pub fn new(limits: Limits) -> Self {
         Self {
             places: std::sync::Arc::new(Semaphore::new(limits.connections)),
             limits: Rc::new(Cell::new(limits)),
-            drain,
             tasks: Rc::default(),
         }
     }
 
-    /// New limits, for requests that have not begun. The number of connections stays.
+    /// New limits, for requests that have not begun. Where fewer connections are allowed than there
+    /// are, nobody is cut off: new ones wait until enough have gone.
     pub fn set_limits(&self, limits: Limits) {
-        self.limits.set(limits);
+        let before = self.limits.replace(limits).connections;
+        if let Some(more) = limits.connections.checked_sub(before) {
+            self.places.add_permits(more);
+        } else {
+            let fewer = u32::try_from(before - limits.connections).unwrap_or(u32::MAX);
+            let places = std::sync::Arc::clone(&self.places);
+            tokio::task::spawn_local(async move {
+                if let Ok(places) = places.acquire_many_owned(fewer).await {
+                    places.forget();
+                }
+            });
+        }
     }
 
     /// Waits until every connection has ended.
@@ -119,14 +154,14 @@ impl Accepting {
         peer: std::net::SocketAddr,
         listener: usize,
         service: &Rc<S>,
+        drain: &drain::Watch,
         place: tokio::sync::OwnedSemaphorePermit,
     ) {
         // Once for the connection, not for each request: it is a system call.
         let _ = stream.set_nodelay(true);
         let Ok(local) = stream.local_addr() else { return };
         let origin = Origin { listener, peer, local };
-        let (service, limits, drain) =
-            (Rc::clone(service), Rc::clone(&self.limits), self.drain.clone());
+        let (service, limits, drain) = (Rc::clone(service), Rc::clone(&self.limits), drain.clone());
         let mut tasks = self.tasks.borrow_mut();
         tasks.spawn_local(async move {
             conn::run(stream, origin, service, limits, drain).await;

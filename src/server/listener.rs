@@ -24,10 +24,30 @@ pub fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpLi
     Ok(sockets)
 }
 
+/// Binds one socket to an address that nobody else listens on. `replaces`: one of ours may, which
+/// was bound here too and is about to be closed.
+///
+/// # Errors
+/// As for [`bind`].
+pub fn bind_alone(address: SocketAddr, replaces: bool) -> io::Result<std::net::TcpListener> {
+    let socket = socket(address, replaces)?;
+    // For the one that replaces this one. Set after binding, it lets nobody in beside us that
+    // does not ask for it.
+    socket.set_reuse_port(true)?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
 fn one(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = socket(address, true)?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
+    socket.set_reuse_port(shared)?;
     if address.is_ipv6() {
         // `[::]` means every address of either family, as operators expect; a kernel that is
         // built without it still serves IPv6.
@@ -35,13 +55,57 @@ fn one(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     }
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    Ok(socket)
+}
+
+/// From now on `listener` takes part in no new handshake: the kernel drops a client's SYN as if
+/// it had been lost, so that the client tries again a second later and is refused then, rather
+/// than connected and reset. Handshakes under way go on.
+///
+/// # Errors
+/// Whatever the system says; systems without socket filters say that they have none.
+#[cfg(target_os = "linux")]
+pub(super) fn refuse_handshakes(listener: &impl std::os::fd::AsFd) -> io::Result<()> {
+    use socket2::SockFilter;
+    // A filter on a TCP socket sees the segment from its TCP header on (tcp(7), socket(7)
+    // SO_ATTACH_FILTER). Byte 13 holds the flags: with SYN (0x02) and without ACK (0x10) it opens
+    // a connection. The numbers are classic BPF: load byte, and, jump if equal, return.
+    const OPENS: [SockFilter; 5] = [
+        SockFilter::new(0x30, 0, 0, 13),
+        SockFilter::new(0x54, 0, 0, 0x12),
+        SockFilter::new(0x15, 0, 1, 0x02),
+        SockFilter::new(0x06, 0, 0, 0),
+        SockFilter::new(0x06, 0, 0, u32::MAX),
+    ];
+    socket2::SockRef::from(listener).attach_filter(&OPENS)
+}
+
+/// Nothing like it here.
+#[cfg(not(target_os = "linux"))]
+pub(super) fn refuse_handshakes(_listener: &impl std::os::fd::AsFd) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_listener_that_refuses_handshakes_keeps_whom_it_has() {
+        use std::{io::Read as _, net::TcpStream, time::Duration};
+
+        let listener = bind("127.0.0.1:0".parse().unwrap(), 1).unwrap().remove(0);
+        let address = listener.local_addr().unwrap();
+        let mut before = TcpStream::connect(address).unwrap();
+        refuse_handshakes(&listener).unwrap();
+        let after = TcpStream::connect_timeout(&address, Duration::from_millis(100));
+        assert_eq!(after.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let (mut accepted, _) = listener.accept().unwrap();
+        drop(listener);
+        io::Write::write_all(&mut accepted, b"x").unwrap();
+        before.read_exact(&mut [0]).unwrap();
+    }
 
     #[test]
     fn all_sockets_share_one_port() {

@@ -82,7 +82,7 @@ pub struct Limits {
 /// Where a connection came in, and from whom.
 #[derive(Clone, Copy, Debug)]
 pub struct Origin {
-    /// The listener's place in the configuration.
+    /// Which listener, by the number that [`serve`] was given.
     pub listener: usize,
     /// The client's end.
     pub peer: SocketAddr,

@@ -156,6 +156,18 @@ impl AccessLog {
     }
 }
 
+impl AccessLog {
+    /// Another log takes its place: the writer ends with the last sink.
+    pub fn retire(&mut self) {
+        self.sender = None;
+    }
+
+    /// Whether everything is written and nothing more can come.
+    pub fn has_ended(&self) -> bool {
+        self.writer.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
 impl Drop for AccessLog {
     fn drop(&mut self) {
         // The writer ends when the last sink is gone, too.

@@ -144,6 +144,44 @@ pub enum ReplayOutcome {
 
 const REPLAY_OUTCOMES: [&str; 3] = ["followed", "held", "refused"];
 
+/// How a DNS look-up ended: of a name's addresses, both families together.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum LookupResult {
+    /// There were records.
+    Answered,
+    /// There is no such name.
+    NxDomain,
+    /// The name has no such records.
+    Empty,
+    /// No answer came in time.
+    Timeout,
+    /// A refusal, an answer that makes no sense, or no way to the server.
+    Failed,
+}
+
+const LOOKUP_RESULTS: [&str; 5] = ["answered", "nxdomain", "empty", "timeout", "failed"];
+
+/// What discovery counts for one cluster, across configurations.
+#[derive(Debug, Default)]
+pub struct DiscoveryCells {
+    lookups: [AtomicU64; LOOKUP_RESULTS.len()],
+    dropped: AtomicU64,
+}
+
+impl DiscoveryCells {
+    /// DNS was asked.
+    pub fn looked_up(&self, result: LookupResult) {
+        if let Some(cell) = self.lookups.get(result as usize) {
+            cell.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// An observation found no room.
+    pub fn dropped(&self) {
+        self.dropped.fetch_add(1, Relaxed);
+    }
+}
+
 /// One worker's cells for one configuration.
 #[derive(Debug)]
 pub struct Shard {
@@ -364,6 +402,7 @@ pub struct Metrics {
     /// All there ever were: counters must not go back on a reload.
     shards: Mutex<Vec<Arc<Shard>>>,
     changes: Mutex<Vec<(Arc<str>, Changes)>>,
+    discovery: Mutex<Vec<(Arc<str>, Arc<DiscoveryCells>)>>,
     reloads: [AtomicU64; 2],
     last_reload: AtomicU64,
     last_reload_failed: AtomicU64,
@@ -388,6 +427,7 @@ impl Metrics {
         Arc::new(Self {
             shards: Mutex::default(),
             changes: Mutex::default(),
+            discovery: Mutex::default(),
             reloads: [AtomicU64::new(0), AtomicU64::new(0)],
             last_reload: AtomicU64::new(0),
             last_reload_failed: AtomicU64::new(0),
@@ -429,6 +469,17 @@ impl Metrics {
         });
         shards.push(Arc::clone(&shard));
         shard
+    }
+
+    /// The cells of a cluster's discovery.
+    pub fn discovery(&self, cluster: &Arc<str>) -> Arc<DiscoveryCells> {
+        let mut all = self.discovery.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, cells)) = all.iter().find(|(name, _)| name == cluster) {
+            return Arc::clone(cells);
+        }
+        let cells = Arc::<DiscoveryCells>::default();
+        all.push((Arc::clone(cluster), Arc::clone(&cells)));
+        cells
     }
 
     /// Discovery believes something new.
@@ -492,6 +543,23 @@ impl Metrics {
             }
         }
         drop(all);
+        let all = self.discovery.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        page.family("litegate_dns_lookups_total", "counter", "DNS look-ups by how they ended.");
+        for (cluster, cells) in &all {
+            for (cell, result) in cells.lookups.iter().zip(LOOKUP_RESULTS) {
+                let labels = [("cluster", &**cluster), ("result", result)];
+                page.line("litegate_dns_lookups_total", &labels, cell.load(Relaxed));
+            }
+        }
+        page.family(
+            "litegate_observations_dropped_total",
+            "counter",
+            "Observations that found no room: discovery was behind.",
+        );
+        for (cluster, cells) in &all {
+            let n = cells.dropped.load(Relaxed);
+            page.line("litegate_observations_dropped_total", &[("cluster", cluster)], n);
+        }
         page.family("litegate_config_reloads_total", "counter", "Reloads of the configuration.");
         for (cell, result) in self.reloads.iter().zip(["applied", "refused"]) {
             page.line("litegate_config_reloads_total", &[("result", result)], cell.load(Relaxed));

@@ -2,10 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::Node;
+use super::{Node, Presence};
 
 /// The node that goes by `name`: the stronger kind of likeness wins, and where two nodes are
-/// alike by it, neither is meant.
+/// alike by it, neither is meant. A node that drains is meant only where no member is: a pod that
+/// moves to another address takes its name along.
 pub(super) fn find<'n>(nodes: &'n [Node], name: &str) -> Option<&'n Node> {
     let bare = without_port(name);
     let ip = bare.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
@@ -20,9 +21,12 @@ pub(super) fn find<'n>(nodes: &'n [Node], name: &str) -> Option<&'n Node> {
         // An address has dots too, but no labels.
         &|node| ip.is_none() && first_label(&node.name).eq_ignore_ascii_case(label),
     ];
-    kinds.iter().find_map(|is_alike| {
-        let mut alike = nodes.iter().filter(|node| is_alike(node));
-        alike.next().filter(|_| alike.next().is_none())
+    [Presence::Member, Presence::Draining].into_iter().find_map(|presence| {
+        kinds.iter().find_map(|is_alike| {
+            let listed = nodes.iter().filter(|node| node.presence == presence);
+            let mut alike = listed.filter(|node| is_alike(node));
+            alike.next().filter(|_| alike.next().is_none())
+        })
     })
 }
 
@@ -92,5 +96,15 @@ mod tests {
         ] {
             assert_eq!(find(&nodes, name).map(|node| node.id.0), want, "{name}");
         }
+    }
+
+    #[test]
+    fn a_pod_that_moved_keeps_its_name() {
+        let mut nodes = [node(1, "app-0", "10.0.0.1:80"), node(2, "app-0", "10.0.0.2:80")];
+        assert!(find(&nodes, "app-0").is_none(), "two members, neither is meant");
+        nodes[0].presence = Presence::Draining;
+        assert_eq!(find(&nodes, "app-0").map(|node| node.id.0), Some(2));
+        nodes[1].name = "10.0.0.2:80".into();
+        assert_eq!(find(&nodes, "app-0").map(|node| node.id.0), Some(1), "nobody else is");
     }
 }

@@ -27,14 +27,24 @@ impl Gate {
     pub(crate) async fn with(options: Options, keys: &str) -> Self {
         let cluster = Cluster::start(options).await.expect("loopback has ports");
         let text = config(&cluster, keys);
-        let config =
-            load::parse("test.toml", &text, []).unwrap_or_else(|faults| panic!("{faults}"));
-        let running = app::start(config).expect("litegate starts");
-        let gate = Self { cluster, running: Some(running) };
+        let gate = Self::before(cluster, &text);
         if keys.contains("litefs") {
             gate.until(|topology| topology.primary.is_some()).await;
         }
         gate
+    }
+
+    /// With a configuration of one's own; waits for nothing.
+    pub(crate) fn before(cluster: Cluster, text: &str) -> Self {
+        let config = load::parse("test.toml", text, []).unwrap_or_else(|faults| panic!("{faults}"));
+        let running = app::start(config).expect("litegate starts");
+        Self { cluster, running: Some(running) }
+    }
+
+    /// What the admin listener counts.
+    pub(crate) async fn metrics(&self) -> String {
+        let answer = client::request(self.admin(), "GET", "/metrics", "", b"").await;
+        answer.expect("the admin listener answers").text()
     }
 
     pub(crate) fn running(&self) -> &Running {

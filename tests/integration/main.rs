@@ -1,8 +1,10 @@
 //! litegate over real sockets, before the fake cluster of the testkit.
 
+mod dns;
 mod gate;
 mod http;
 mod leaving;
+mod process;
 mod reads;
 mod writes;
 

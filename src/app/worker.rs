@@ -1,0 +1,209 @@
+//! A data-plane worker: one thread, one runtime, its own sockets and connections.
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    rc::{Rc, Weak},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use tokio::{
+    net::TcpListener,
+    sync::mpsc,
+    task::LocalSet,
+    time::{MissedTickBehavior, interval},
+};
+
+use crate::{
+    config::{Config, listener::Listener},
+    proxy::{Client, Parts, Proxy, Shared},
+    server::{self, Accepting, ClientFault, Conn, Limits, Origin, drain},
+    telemetry::{access_log::Sink, metrics::Metrics},
+};
+
+/// How often a worker tidies up.
+const TIDY: Duration = Duration::from_secs(1);
+
+/// What a worker is told.
+pub(super) enum Command {
+    /// Answer with this from now on.
+    Use(Box<Outfit>),
+    /// Listen here as well. Connections that come in there bear this number for as long as they
+    /// live.
+    Listen(usize, std::net::TcpListener),
+    /// Close that listener; its connections finish what they have.
+    Close(usize),
+    /// Take nothing new.
+    Drain,
+    /// End at once.
+    Stop,
+}
+
+/// What a worker's proxy is made of, on its way to the worker's thread.
+pub(super) struct Outfit {
+    pub(super) config: Arc<Config>,
+    /// Every listener there ever was: see [`Command::Listen`].
+    pub(super) listeners: Vec<Listener>,
+    pub(super) clusters: Vec<Shared>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) sink: Option<Sink>,
+    pub(super) instance: Arc<str>,
+    pub(super) worker: usize,
+}
+
+impl Outfit {
+    pub(super) fn wear(self) -> Proxy {
+        let listeners: Vec<Arc<str>> =
+            self.listeners.iter().map(|l| l.address.to_string().into()).collect();
+        let clusters: Vec<_> =
+            self.config.clusters.iter().map(|cluster| Arc::clone(&cluster.name)).collect();
+        Proxy::new(Parts {
+            shard: self.metrics.shard(self.worker, &listeners, &clusters),
+            log: self.sink.map(Rc::new),
+            config: self.config,
+            listeners: self.listeners,
+            clusters: self.clusters,
+            instance: self.instance,
+        })
+    }
+}
+
+/// A worker's share of the limits.
+pub(super) fn limits(config: &Config) -> Limits {
+    let limits = config.limits;
+    Limits {
+        header_bytes: limits.header_bytes,
+        headers: limits.headers,
+        header_read: limits.header_read,
+        idle: limits.idle,
+        body_idle: limits.body_idle,
+        connections: (limits.connections / config.server.workers.get()).max(1),
+    }
+}
+
+/// A data-plane worker: one thread, one runtime, until told to end.
+pub(super) fn work(outfit: Outfit, limits: Limits, mut commands: mpsc::Receiver<Command>) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "a worker can't start");
+            return;
+        }
+    };
+    LocalSet::new().block_on(&runtime, async move {
+        let gate = Rc::new(Gate { proxy: RefCell::new(Rc::new(outfit.wear())) });
+        let accepting = Accepting::new(limits);
+        let mut doors: HashMap<usize, drain::Trigger> = HashMap::new();
+        let mut accepts = tokio::task::JoinSet::new();
+        let mut tidy = interval(TIDY);
+        tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // Those of earlier configurations, for as long as their last requests run.
+        let mut former: Vec<Weak<Proxy>> = Vec::new();
+        loop {
+            let command = tokio::select! {
+                command = commands.recv() => command,
+                _ = tidy.tick() => {
+                    gate.tidy(&mut former);
+                    continue;
+                }
+            };
+            match command {
+                Some(Command::Use(outfit)) => {
+                    accepting.set_limits(self::limits(&outfit.config));
+                    let before = gate.proxy.replace(Rc::new(outfit.wear()));
+                    former.push(Rc::downgrade(&before));
+                }
+                Some(Command::Listen(door, socket)) => match TcpListener::from_std(socket) {
+                    Ok(socket) => {
+                        let (gate, accepting) = (Rc::clone(&gate), accepting.clone());
+                        let (trigger, drain) = drain::signal();
+                        doors.insert(door, trigger);
+                        while accepts.try_join_next().is_some() {}
+                        accepts.spawn_local(server::serve(socket, door, gate, accepting, drain));
+                    }
+                    Err(error) => tracing::error!(%error, "a socket can't be used"),
+                },
+                Some(Command::Close(door)) => {
+                    if let Some(trigger) = doors.remove(&door) {
+                        trigger.start();
+                    }
+                }
+                Some(Command::Drain) => {
+                    doors.values().for_each(drain::Trigger::start);
+                    let finished = async {
+                        while accepts.join_next().await.is_some() {}
+                        accepting.finished().await;
+                    };
+                    let mut finished = std::pin::pin!(finished);
+                    loop {
+                        tokio::select! {
+                            () = &mut finished => break,
+                            _ = tidy.tick() => gate.tidy(&mut former),
+                            command = commands.recv() => {
+                                if matches!(command, Some(Command::Stop) | None) {
+                                    break;
+                                }
+                            }
+                        }
+                    }
+                    gate.tidy(&mut former);
+                    return;
+                }
+                Some(Command::Stop) | None => {
+                    gate.tidy(&mut former);
+                    return;
+                }
+            }
+        }
+    });
+}
+
+/// What connections are served with: the proxy of the configuration that holds now.
+struct Gate {
+    proxy: RefCell<Rc<Proxy>>,
+}
+
+impl Gate {
+    fn current(&self) -> Rc<Proxy> {
+        Rc::clone(&self.proxy.borrow())
+    }
+
+    fn tidy(&self, former: &mut Vec<Weak<Proxy>>) {
+        former.retain(|proxy| proxy.upgrade().inspect(|proxy| proxy.tidy()).is_some());
+        self.current().tidy();
+    }
+}
+
+impl server::Service for Gate {
+    type Body = crate::proxy::ResponseBody;
+    type Client = Client;
+
+    fn opened(&self, origin: Origin) -> Client {
+        self.current().client(origin)
+    }
+
+    async fn call(
+        &self,
+        client: &Rc<Client>,
+        conn: &Rc<Conn>,
+        request: Request<Incoming>,
+    ) -> Response<Self::Body> {
+        // A reload does not change the rules in the middle of a request.
+        let proxy = self.current();
+        proxy.call(client, conn, request).await
+    }
+
+    fn refused(&self, _client: &Client, fault: ClientFault) {
+        self.current().refused(fault);
+    }
+
+    fn last_words(&self, _fault: ClientFault) -> Bytes {
+        Bytes::from_static(
+            b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+        )
+    }
+}
