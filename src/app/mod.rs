@@ -23,7 +23,7 @@ use crate::{
     config::{Config, listener::Listener},
     discovery::{self, Discovery},
     proxy::{Client, Hold, Parts, Proxy, Shared},
-    server::{self, Accepting, ClientFault, Conn, Limits, Origin, drain, listener},
+    server::{self, Accepting, Conn, Limits, Origin, Refusal, drain, listener},
     telemetry::{
         access_log::{AccessLog, Sink},
         metrics::Metrics,
@@ -603,13 +603,7 @@ impl server::Service for Gate {
         proxy.call(client, conn, request).await
     }
 
-    fn refused(&self, _client: &Client, fault: ClientFault) {
-        self.current().refused(fault);
-    }
-
-    fn last_words(&self, _fault: ClientFault) -> Bytes {
-        Bytes::from_static(
-            b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
-        )
+    fn refused(&self, client: &Client, refusal: &Refusal<'_>) -> Bytes {
+        self.current().refused(client, refusal)
     }
 }

@@ -32,7 +32,7 @@ use crate::{
         replay::{self, Form, Replay, ReplayError},
         route::Head,
     },
-    server::{ClientFault, Conn, Origin},
+    server::{Conn, Origin},
     telemetry::{
         access_log::{Line, Sink, Tried},
         metrics::{HoldOutcome, ReplayOutcome, Shard},
@@ -46,6 +46,7 @@ mod body;
 mod cluster;
 mod headers;
 mod hold;
+mod refusal;
 mod relay;
 mod upgrade;
 
@@ -137,17 +138,6 @@ impl Proxy {
             .is_some_and(|listener| listener.trusts(origin.peer.ip()));
         let peer = Peer::new(origin.peer, origin.local, trusted);
         Client { peer, origin, shard: Arc::clone(&self.shard) }
-    }
-
-    /// The client sent nothing that could be answered.
-    pub fn refused(&self, fault: ClientFault) {
-        self.shard.problem(match fault {
-            ClientFault::Malformed => Problem::Malformed,
-            ClientFault::HeadTooLarge => Problem::HeadTooLarge,
-            ClientFault::UriTooLong => Problem::UriTooLong,
-            ClientFault::HeadTimeout => Problem::HeadTimeout,
-            ClientFault::Stalled => Problem::BodyTimeout,
-        });
     }
 
     /// Answers one request. Whatever happens inside is accounted for here, once.
@@ -399,6 +389,8 @@ impl Proxy {
         }
         walk.host = host.cloned();
         if let Some(authority) = walk.uri.authority() {
+            // RFC 9112 section 3.2.3: without a scheme it is for CONNECT alone.
+            walk.uri.scheme().ok_or(Problem::Malformed)?;
             // Absolute form: its authority outranks `Host`, and the node gets the origin form.
             walk.host = HeaderValue::from_str(authority.as_str()).ok();
             let asterisk = walk.method == Method::OPTIONS

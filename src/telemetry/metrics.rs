@@ -104,8 +104,8 @@ pub struct Finished<'a> {
     pub cluster: Option<usize>,
     /// Its class, if it was classified.
     pub class: Option<Class>,
-    /// Its method.
-    pub method: &'a Method,
+    /// Its method, as far as it is known.
+    pub method: Option<&'a Method>,
     /// What the client got.
     pub status: StatusCode,
     /// From its first byte to the end of the answer.
@@ -337,9 +337,9 @@ impl Shard {
     }
 }
 
-fn method_place(method: &Method) -> usize {
-    let name = method.as_str();
-    METHODS.iter().position(|known| *known == name).unwrap_or(METHODS.len() - 1)
+fn method_place(method: Option<&Method>) -> usize {
+    let name = method.map(Method::as_str);
+    METHODS.iter().position(|known| Some(*known) == name).unwrap_or(METHODS.len() - 1)
 }
 
 fn code_place(status: StatusCode) -> usize {
@@ -874,7 +874,7 @@ mod tests {
             listener: 0,
             cluster: Some(0),
             class: Some(Class::Write),
-            method: &Method::POST,
+            method: Some(&Method::POST),
             status: StatusCode::CREATED,
             duration: Duration::from_millis(2),
             received: 10,

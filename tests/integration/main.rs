@@ -4,6 +4,7 @@ mod gate;
 mod http;
 mod leaving;
 mod reads;
+mod refusals;
 mod writes;
 
 mod examples;
