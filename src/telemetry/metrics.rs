@@ -173,6 +173,7 @@ struct ClusterCells {
     retried: [Cell; 2],
     retry_refused: Cell,
     replays: [Cell; 3],
+    caches_ignored: Cell,
     holds: [Cell; 3],
     hold_duration: Histogram,
 }
@@ -186,6 +187,7 @@ impl ClusterCells {
             retried: Default::default(),
             retry_refused: Cell::default(),
             replays: Default::default(),
+            caches_ignored: Cell::default(),
             holds: Default::default(),
             hold_duration: Histogram::default(),
         }
@@ -298,6 +300,13 @@ impl Shard {
         let cell = self.clusters.get(cluster).and_then(|(_, c)| c.replays.get(outcome as usize));
         if let Some(cell) = cell {
             cell.add(1);
+        }
+    }
+
+    /// A node asked for its replay to be remembered, which litegate has no use for.
+    pub fn replay_cache_ignored(&self, cluster: usize) {
+        if let Some((_, cells)) = self.clusters.get(cluster) {
+            cells.caches_ignored.add(1);
         }
     }
 
@@ -656,6 +665,16 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
                 page.line(name, &[("cluster", cluster), (label, value)], n);
             }
         }
+    }
+    let name = "litegate_replay_caches_ignored_total";
+    page.family(
+        name,
+        "counter",
+        "Replays that were to be remembered, which litegate has no use for.",
+    );
+    for cluster in clusters.iter().filter(|name| !name.is_empty()) {
+        let n = of(cluster).iter().map(|cells| cells.caches_ignored.get()).sum::<u64>();
+        page.line(name, &[("cluster", cluster)], n);
     }
     page.family(
         "litegate_hold_duration_seconds",

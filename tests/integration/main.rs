@@ -5,6 +5,7 @@ mod http;
 mod leaving;
 mod reads;
 mod refusals;
+mod replays;
 mod writes;
 
 mod examples;
