@@ -78,13 +78,13 @@ fn decisions(criterion: &mut Criterion) {
         group.bench_function(format!("route and classify, {nodes} nodes"), |bench| {
             bench.iter(|| {
                 let route = route(black_box(&head), &config.routes).expect("the last one matches");
-                classify(&head, route, &topology)
+                classify(&head, route, &topology, None)
             });
         });
         let rules = Rules::of(&config.clusters[0]);
         let loads = vec![Load::default(); topology.nodes.len()];
         let route = route(&head, &config.routes).expect("the last one matches");
-        let read = classify(&head, route, &topology).expect("it is a read");
+        let read = classify(&head, route, &topology, None).expect("it is a read");
         let write = litegate::decide::Request { class: Class::Write, ..read };
         for request in [read, write] {
             let name = format!("choose for a {}, {nodes} nodes", request.class.as_str());

@@ -21,7 +21,7 @@ use tokio::{
 use crate::{
     config::{Config, listener::Listener},
     proxy::{Client, Parts, Proxy, Shared},
-    server::{self, Accepting, ClientFault, Conn, Limits, Origin, drain},
+    server::{self, Accepting, Conn, Limits, Origin, Refusal, drain},
     telemetry::{access_log::Sink, metrics::Metrics},
 };
 
@@ -197,13 +197,7 @@ impl server::Service for Gate {
         proxy.call(client, conn, request).await
     }
 
-    fn refused(&self, _client: &Client, fault: ClientFault) {
-        self.current().refused(fault);
-    }
-
-    fn last_words(&self, _fault: ClientFault) -> Bytes {
-        Bytes::from_static(
-            b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
-        )
+    fn refused(&self, client: &Client, refusal: &Refusal<'_>) -> Bytes {
+        self.current().refused(client, refusal)
     }
 }

@@ -51,7 +51,7 @@ pub(super) fn explain(config: &Config, method: &str, url: &str, fields: &[String
         }
         let cluster = config.clusters.get(route.cluster).map_or("?", |cluster| &*cluster.name);
         println!("{name}: matches, to cluster {cluster}");
-        match classify(&head, route, &Topology::default()) {
+        match classify(&head, route, &Topology::default(), None) {
             Err(problem) => println!("refused: {} {}", problem.status(), problem.title()),
             Ok(request) => {
                 let because = request.because.as_str();

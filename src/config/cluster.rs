@@ -209,8 +209,8 @@ pub struct Replay {
     pub max_hops: u32,
     /// `buffer`: bytes of a request body that are kept until the response head arrives.
     pub buffer: usize,
-    /// `json`: whether the JSON body form is understood. Off by default: LiteFS never uses it. A
-    /// `transform` in it is refused.
+    /// `json`: whether the JSON body form is understood, `transform` included. Off by default:
+    /// LiteFS never uses it.
     pub json: bool,
     /// `pass = true` hands `fly-replay*` response headers to the client untouched, for a Fly edge
     /// in front of litegate.

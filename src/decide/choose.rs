@@ -123,6 +123,10 @@ pub fn choose(
             let index = view.place(id).ok_or(Problem::UnknownNode)?;
             Ok(Choice::Node { index, why: Why::Asked })
         }
+        (Class::Read, Wanted::Prefer(id)) => match view.place(id).filter(|i| view.may_serve(*i)) {
+            Some(index) => Ok(Choice::Node { index, why: Why::Asked }),
+            None => view.reader(rules.reads),
+        },
         (Class::Read, Wanted::Replica) => view.reader(Reads::Replicas),
         (Class::Read, Wanted::Any) => view.reader(rules.reads),
     }
@@ -169,6 +173,16 @@ impl View<'_> {
 
     fn is_well(&self, index: usize) -> bool {
         self.topology.nodes.get(index).is_some_and(|node| node.is_healthy(self.now))
+    }
+
+    /// Whether a read may go to a node that is preferred without being forced.
+    fn may_serve(&self, index: usize) -> bool {
+        self.topology.nodes.get(index).is_some_and(|node| {
+            node.presence == Presence::Member
+                && node.is_healthy(self.now)
+                && node.freshness != Freshness::TooFar
+                && !self.tried(node)
+        })
     }
 
     /// Any healthy node, by a node's own wish.

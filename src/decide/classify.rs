@@ -4,7 +4,7 @@
 //! unknown one are writes (RFC 9110 section 9.2.1). A route outranks the method, and a trusted
 //! peer outranks both where that can't send a write to a replica.
 
-use http::{HeaderName, Method};
+use http::{HeaderMap, HeaderName, Method};
 
 use super::{Because, Class, Problem, Request, Wanted, route::Head};
 use crate::{
@@ -14,14 +14,27 @@ use crate::{
 
 /// A trusted peer's wish: `primary`, `replica` or an instance name.
 pub const ROUTE: HeaderName = HeaderName::from_static("litegate-route");
+/// A trusted peer's wish in Fly's words (`reference/fly-replay.md` section 9.1): that node only.
+pub const FORCE_INSTANCE: HeaderName = HeaderName::from_static("fly-force-instance-id");
+/// The first region of the list that there is, or nowhere.
+pub const FORCE_REGION: HeaderName = HeaderName::from_static("fly-force-region");
+/// That node, else any.
+pub const PREFER_INSTANCE: HeaderName = HeaderName::from_static("fly-prefer-instance-id");
+/// The first region of the list that there is, else any.
+pub const PREFER_REGION: HeaderName = HeaderName::from_static("fly-prefer-region");
 
 /// Decides once; nobody looks at the raw request for a choice after this.
 ///
 /// # Errors
 /// [`Problem::MethodRefused`] for CONNECT, and for TRACE where the route does not allow it: it
 /// would show a client what other proxies added. [`Problem::UnknownNode`] where a trusted peer
-/// names a node that is none.
-pub fn classify(head: &Head<'_>, route: &Route, topology: &Topology) -> Result<Request, Problem> {
+/// names a node that is none. `primary_region`: the region that means the primary.
+pub fn classify(
+    head: &Head<'_>,
+    route: &Route,
+    topology: &Topology,
+    primary_region: Option<&str>,
+) -> Result<Request, Problem> {
     if *head.method == Method::CONNECT || (*head.method == Method::TRACE && !route.allow_trace) {
         return Err(Problem::MethodRefused);
     }
@@ -33,9 +46,12 @@ pub fn classify(head: &Head<'_>, route: &Route, topology: &Topology) -> Result<R
         route::Class::Auto => (Class::Write, Because::Method),
     };
     let mut wanted = Wanted::Any;
-    if head.trusted
-        && let Some(value) = head.headers.get(ROUTE)
-    {
+    let asked = if head.trusted { head.headers.get(ROUTE) } else { None };
+    if head.trusted && asked.is_none() {
+        // Where a read may go: a write stays on the primary, whoever asks.
+        wanted = in_flys_words(head.headers, topology, primary_region)?;
+    }
+    if let Some(value) = asked {
         match value.to_str().unwrap_or_default().trim() {
             "primary" => {
                 wanted = Wanted::Primary;
@@ -52,6 +68,36 @@ pub fn classify(head: &Head<'_>, route: &Route, topology: &Topology) -> Result<R
     Ok(Request { class, because, idempotent: route.idempotent, wanted })
 }
 
+/// What Fly's routing headers ask for. What is forced and can't be had is refused, what is
+/// preferred and can't be had is forgotten.
+fn in_flys_words(
+    headers: &HeaderMap,
+    topology: &Topology,
+    primary_region: Option<&str>,
+) -> Result<Wanted, Problem> {
+    let text = |name| headers.get(name).map(|value| value.to_str().unwrap_or_default().trim());
+    let region = |list: &str| {
+        list.split(',').map(str::trim).find_map(|region| match region {
+            "any" => Some(Wanted::Any),
+            region if primary_region.is_some_and(|p| p.eq_ignore_ascii_case(region)) => {
+                Some(Wanted::Primary)
+            }
+            _ => None,
+        })
+    };
+    if let Some(name) = text(FORCE_INSTANCE) {
+        let node = topology.named(name).ok_or(Problem::UnknownNode)?;
+        return Ok(Wanted::Node(node.id));
+    }
+    if let Some(list) = text(FORCE_REGION) {
+        return region(list).ok_or(Problem::UnknownNode);
+    }
+    if let Some(node) = text(PREFER_INSTANCE).and_then(|name| topology.named(name)) {
+        return Ok(Wanted::Prefer(node.id));
+    }
+    Ok(text(PREFER_REGION).and_then(region).unwrap_or_default())
+}
+
 /// Whether the registry calls a method safe. `PRI` is not a method that anybody may send.
 pub fn is_safe(method: &Method) -> bool {
     matches!(
@@ -62,10 +108,11 @@ pub fn is_safe(method: &Method) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderMap;
-
     use super::*;
-    use crate::config::route::Path;
+    use crate::{
+        config::route::Path,
+        topology::{Node, NodeId, Presence, Role, eject},
+    };
 
     fn rule(class: route::Class) -> Route {
         Route {
@@ -95,7 +142,7 @@ mod tests {
         let trusted = asked.is_some_and(|(_, trusted)| trusted);
         let head =
             Head { method: &method, host: None, path: "/", headers: &headers, trusted, upgrade };
-        classify(&head, &rule(class), &Topology::default())
+        classify(&head, &rule(class), &Topology::default(), None)
     }
 
     /// The IANA registry of HTTP methods, as of RFC 10008 (QUERY), with its column "safe".
@@ -190,6 +237,58 @@ mod tests {
     fn asking_for_a_stranger_is_refused() {
         let asked = classified("GET", route::Class::Auto, false, Some(("evil.example", true)));
         assert_eq!(asked.err(), Some(Problem::UnknownNode));
+    }
+
+    #[test]
+    fn flys_headers_are_obeyed_from_trusted_peers_only() {
+        let node = Node {
+            id: NodeId(7),
+            name: "a".into(),
+            address: "127.0.0.1:1".parse().unwrap(),
+            role: Role::Replica,
+            presence: Presence::Member,
+            lag: None,
+            freshness: crate::topology::Freshness::Fresh,
+            record: eject::Record::default(),
+            probed_healthy: true,
+            admitted: None,
+            progress: std::sync::Arc::default(),
+            local: false,
+        };
+        let topology = Topology { nodes: vec![node], ..Topology::default() };
+        let (a, prefer) = (Wanted::Node(NodeId(7)), Wanted::Prefer(NodeId(7)));
+        for (fields, want) in [
+            (&[("fly-force-instance-id", "a")][..], Ok(a)),
+            (&[("fly-force-instance-id", "x")], Err(Problem::UnknownNode)),
+            (&[("fly-force-instance-id", "192.0.2.9:80")], Err(Problem::UnknownNode)),
+            (&[("fly-force-region", "fra, IAD")], Ok(Wanted::Primary)),
+            (&[("fly-force-region", "fra,any")], Ok(Wanted::Any)),
+            (&[("fly-force-region", "fra")], Err(Problem::UnknownNode)),
+            (&[("fly-prefer-instance-id", "a")], Ok(prefer)),
+            (&[("fly-prefer-instance-id", "x")], Ok(Wanted::Any)),
+            (&[("fly-prefer-region", "iad")], Ok(Wanted::Primary)),
+            (&[("fly-prefer-region", "fra")], Ok(Wanted::Any)),
+            (&[("fly-prefer-region", "iad"), ("fly-force-instance-id", "a")], Ok(a)),
+            (&[("litegate-route", "replica"), ("fly-force-instance-id", "a")], Ok(Wanted::Replica)),
+        ] {
+            for (trusted, method) in [(true, "GET"), (true, "POST"), (false, "GET")] {
+                let headers: HeaderMap = fields
+                    .iter()
+                    .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+                    .collect::<Vec<(HeaderName, http::HeaderValue)>>()
+                    .into_iter()
+                    .collect();
+                let method = Method::from_bytes(method.as_bytes()).unwrap();
+                let (path, headers) = ("/", &headers);
+                let head =
+                    Head { method: &method, host: None, path, headers, trusted, upgrade: false };
+                let request = classify(&head, &rule(route::Class::Auto), &topology, Some("iad"));
+                let class = if method == Method::POST { Class::Write } else { Class::Read };
+                let want = if trusted { want } else { Ok(Wanted::Any) };
+                let got = request.map(|request| (request.wanted, request.class));
+                assert_eq!(got, want.map(|wanted| (wanted, class)), "{fields:?} {trusted}");
+            }
+        }
     }
 
     proptest::proptest! {

@@ -49,7 +49,7 @@ pub struct Request {
     pub because: Because,
     /// Whether a write may run twice: only where a route says so.
     pub idempotent: bool,
-    /// A trusted peer's `Litegate-Route`.
+    /// A trusted peer's wish.
     pub wanted: Wanted,
 }
 
@@ -66,7 +66,7 @@ pub enum Because {
     Asked,
 }
 
-/// Where a trusted peer wants a request to go (`Litegate-Route`).
+/// Where a trusted peer wants a request to go (`Litegate-Route`, `fly-force-*`, `fly-prefer-*`).
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Wanted {
     /// It did not say.
@@ -78,6 +78,8 @@ pub enum Wanted {
     Replica,
     /// To this node.
     Node(NodeId),
+    /// To this node if it may serve, else wherever it would have gone.
+    Prefer(NodeId),
 }
 
 /// The attempts of one request so far, oldest first.

@@ -134,12 +134,7 @@ fn failed(
     if !failure.written
         && let Some((sender, fallback)) = history.fallback.take()
     {
-        history.fell_back = true;
-        history.target = Some(match fallback {
-            Fallback::ForceSelf => Target::Node(sender),
-            Fallback::PreferSelf => Target::Prefer(sender),
-        });
-        return Ok(Next::Again);
+        return Ok(back_to(history, sender, fallback));
     }
     match request.class {
         // Nobody saw a byte of it: the primary as it will be known, once it can be reached.
@@ -197,10 +192,17 @@ fn follow(
         history.target = None;
         return Ok(Next::OtherCluster);
     }
-    let Some(target) = target(replay, topology, rules)? else {
-        history.expired = Some(Problem::ReplayTarget);
-        history.target = None;
-        return Ok(pause(history));
+    let target = match target(replay, topology, rules) {
+        Ok(Some(target)) => target,
+        Ok(None) | Err(_) if replay.fallback.is_some() => {
+            return Ok(fall_back(history, sender, replay));
+        }
+        Ok(None) => {
+            history.expired = Some(Problem::ReplayTarget);
+            history.target = None;
+            return Ok(pause(history));
+        }
+        Err(problem) => return Err(problem),
     };
     let named = match target {
         Target::Node(id) => Some(id),
@@ -213,6 +215,9 @@ fn follow(
         None => target != Target::Primary,
     };
     if !is_target {
+        if replay.fallback.is_some() && named != Some(sender) {
+            return Ok(fall_back(history, sender, replay));
+        }
         history.expired = None;
         history.target = None;
         return Ok(pause(history));
@@ -221,6 +226,20 @@ fn follow(
     history.target = Some(target);
     history.fallback = replay.fallback.map(|fallback| (sender, fallback));
     Ok(Next::Again)
+}
+
+/// There is nobody to connect to: back to the sender at once, since it wants to know.
+fn fall_back(history: &mut History, sender: NodeId, replay: &Replay) -> Next {
+    back_to(history, sender, replay.fallback.unwrap_or(Fallback::ForceSelf))
+}
+
+fn back_to(history: &mut History, sender: NodeId, fallback: Fallback) -> Next {
+    history.fell_back = true;
+    history.target = Some(match fallback {
+        Fallback::ForceSelf => Target::Node(sender),
+        Fallback::PreferSelf => Target::Prefer(sender),
+    });
+    Next::Again
 }
 
 /// The member that a replay asks for; `None` where it names one that nobody goes by (yet).
@@ -488,11 +507,34 @@ mod tests {
                 Ok(Next::Again),
                 Some(Target::Any),
             ),
+            (
+                "to a stranger, or back",
+                "instance=x;fallback=force_self",
+                topology(),
+                Ok(Next::Again),
+                Some(Target::Node(B)),
+            ),
+            (
+                "to a region that is none, or preferably back",
+                "region=fra;fallback=prefer_self",
+                topology(),
+                Ok(Next::Again),
+                Some(Target::Prefer(B)),
+            ),
+            (
+                "to the sender, or back",
+                "instance=b;fallback=force_self",
+                topology(),
+                Ok(WAIT),
+                None,
+            ),
             ("in no known language", "leader", topology(), Err(Problem::BadReplay), None),
         ] {
             let (next, history) = replayed(B, line, &topology);
             assert_eq!(next, want, "{case}");
             assert_eq!(history.target, target, "{case}");
+            let is_back = case.ends_with("back") && next == Ok(Next::Again);
+            assert_eq!(history.fell_back, is_back, "{case}");
         }
     }
 

@@ -8,11 +8,14 @@
 
 use std::{fmt::Write as _, time::Duration};
 
-use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http::{HeaderMap, HeaderName, HeaderValue, header, uri::PathAndQuery};
 use serde::Deserialize;
 
 /// The response header.
 pub const FLY_REPLAY: HeaderName = HeaderName::from_static("fly-replay");
+/// Asks for the replay to be remembered: an optimisation, never a promise, and without use to a
+/// proxy that knows the primary.
+const FLY_REPLAY_CACHE: HeaderName = HeaderName::from_static("fly-replay-cache");
 /// The media type of the JSON form.
 pub const MEDIA_TYPE: &str = "application/vnd.fly.replay+json";
 /// The longest header value.
@@ -39,7 +42,7 @@ pub struct Replay {
     pub timeout: Option<Duration>,
     /// What to do when it can't be reached.
     pub fallback: Option<Fallback>,
-    /// Changes to the request (JSON form only).
+    /// Changes to the request (JSON form only). Applied to the replayed request alone.
     pub transform: Option<Transform>,
     /// Whether a replay cache was asked for: ignored, litegate knows the primary itself.
     pub cached: bool,
@@ -60,7 +63,7 @@ pub enum Fallback {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Transform {
     /// Replaces path and query.
-    pub path: Option<String>,
+    pub path: Option<PathAndQuery>,
     /// Removed.
     pub delete_headers: Vec<HeaderName>,
     /// Set, in place of any of that name.
@@ -162,7 +165,8 @@ fn is_media_type(content_type: &str) -> bool {
 /// # Errors
 /// Why it can't be followed.
 pub fn from_head(head: &HeaderMap) -> Result<Replay, ReplayError> {
-    from_lines(head.get_all(&FLY_REPLAY).iter().map(HeaderValue::as_bytes))
+    let replay = from_lines(head.get_all(&FLY_REPLAY).iter().map(HeaderValue::as_bytes))?;
+    Ok(Replay { cached: head.contains_key(FLY_REPLAY_CACHE), ..replay })
 }
 
 /// Reads the JSON form; `encoded` if the body is, by `Content-Encoding`.
@@ -439,7 +443,8 @@ pub fn src(sender: &str, micros: u128, state: Option<&str>) -> HeaderValue {
     to_value(&src)
 }
 
-/// The value of `fly-replay-failed` for a fallback.
+/// The value of `fly-replay-failed` for a fallback: `target` could not be reached, as `sender`
+/// had asked for.
 pub fn failed(target: &str, sender: &str, reason: &str, elapsed: Duration) -> HeaderValue {
     to_value(&format!(
         "instance={};replay_source={};reason={reason};elapsed_ms={}",
@@ -468,7 +473,8 @@ mod json {
     use serde_json::Value;
 
     use super::{
-        Deserialize, HeaderName, HeaderValue, Reader, Replay, ReplayError, Transform, set,
+        Deserialize, HeaderName, HeaderValue, PathAndQuery, Reader, Replay, ReplayError, Transform,
+        set,
     };
 
     /// An object as its pairs: repeated keys must be seen.
@@ -559,13 +565,21 @@ mod json {
     fn transform(value: Value) -> Result<Transform, ReplayError> {
         let written: Written =
             serde_json::from_value(value).map_err(|_| ReplayError::BadTransform)?;
-        if let Some(path) = &written.path
-            && (!path.starts_with('/')
-                || path.starts_with("//")
-                || !path.bytes().all(|byte| byte.is_ascii_graphic()))
-        {
-            return Err(ReplayError::BadTransform);
-        }
+        let path = match &written.path {
+            // `//` would be read as a host by whoever takes it for a reference, and `#` is no
+            // part of a target.
+            Some(path)
+                if !path.starts_with('/')
+                    || path.starts_with("//")
+                    || !path.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#') =>
+            {
+                return Err(ReplayError::BadTransform);
+            }
+            Some(path) => {
+                Some(PathAndQuery::try_from(&**path).map_err(|_| ReplayError::BadTransform)?)
+            }
+            None => None,
+        };
         let delete_headers = written.delete_headers.iter().map(|name| field(name));
         let set_headers = written.set_headers.iter().map(|Field { name, value }| {
             let value = HeaderValue::from_str(value).map_err(|_| ReplayError::BadTransform)?;
@@ -574,12 +588,12 @@ mod json {
         Ok(Transform {
             delete_headers: delete_headers.collect::<Result<_, _>>()?,
             set_headers: set_headers.collect::<Result<_, _>>()?,
-            path: written.path,
+            path,
         })
     }
 
-    /// A field that an app may change: not one about the hop or the message's length, and not
-    /// one that only litegate sets.
+    /// A field that an app may change: not one about the hop or the message's framing, and not
+    /// one that only litegate sets. Without `Via` a loop would go unnoticed.
     fn field(name: &str) -> Result<HeaderName, ReplayError> {
         let name =
             HeaderName::from_bytes(name.as_bytes()).map_err(|_| ReplayError::BadTransform)?;
@@ -588,6 +602,9 @@ mod json {
             "connection"
                 | "keep-alive"
                 | "proxy-connection"
+                | "proxy-authorization"
+                | "http2-settings"
+                | "via"
                 | "te"
                 | "trailer"
                 | "transfer-encoding"
@@ -677,7 +694,7 @@ mod tests {
         if let Some(transform) = &replay.transform {
             let mut t = Map::new();
             if let Some(path) = &transform.path {
-                t.insert("path".into(), json!(path));
+                t.insert("path".into(), json!(path.as_str()));
             }
             if !transform.delete_headers.is_empty() {
                 let names: Vec<_> =

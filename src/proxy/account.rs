@@ -101,7 +101,7 @@ impl Account {
             listener: self.conn.origin.listener,
             cluster: facts.cluster.as_ref().map(|(index, _)| *index),
             class: facts.class,
-            method: &facts.method,
+            method: Some(&facts.method),
             status: facts.status,
             duration,
             received: facts.received,
@@ -112,7 +112,7 @@ impl Account {
             log.push(Entry {
                 time: std::time::SystemTime::now(),
                 peer: self.conn.origin.peer,
-                method: facts.method.clone(),
+                method: Some(facts.method.clone()),
                 line,
                 cluster: facts.cluster.take().map(|(_, name)| name),
                 route: facts.route,

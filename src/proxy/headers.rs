@@ -15,6 +15,8 @@ use std::{
 use bytes::{BufMut as _, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
+use crate::decide::replay::Transform;
+
 /// `X-Forwarded-For`
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -106,6 +108,9 @@ pub struct Extra {
     pub replay_failed: Option<HeaderValue>,
     /// `fly-preferred-instance-unavailable`
     pub preferred_unavailable: Option<HeaderValue>,
+    /// What a node wants changed in the request that it replays. Fields about the hop, the
+    /// message's framing, its host and its way were refused when it was parsed.
+    pub transform: Option<Box<Transform>>,
 }
 
 /// The head that a node gets.
@@ -159,6 +164,15 @@ pub fn upstream(
     ] {
         if let Some(value) = value {
             head.insert(HeaderName::from_static(name), value.clone());
+        }
+    }
+    if let Some(transform) = &extra.transform {
+        // Last, so that no client can take away by `Connection` what an app has set.
+        for name in &transform.delete_headers {
+            head.remove(name);
+        }
+        for (name, value) in &transform.set_headers {
+            head.insert(name, value.clone());
         }
     }
     head

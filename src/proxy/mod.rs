@@ -28,11 +28,12 @@ use crate::{
     decide::{
         self, Attempt, Cause, Class, Ended, Failure, FailureKind, History, HoldFor, Problem,
         choose::Choice,
+        classify::PREFER_INSTANCE,
         next::{Next, Outcome},
         replay::{self, Form, Replay, ReplayError},
         route::Head,
     },
-    server::{ClientFault, Conn, Origin},
+    server::{Conn, Origin},
     telemetry::{
         access_log::{Line, Sink, Tried},
         metrics::{HoldOutcome, ReplayOutcome, Shard},
@@ -46,6 +47,7 @@ mod body;
 mod cluster;
 mod headers;
 mod hold;
+mod refusal;
 mod relay;
 mod upgrade;
 
@@ -142,17 +144,6 @@ impl Proxy {
         Client { peer, origin, shard: Arc::clone(&self.shard) }
     }
 
-    /// The client sent nothing that could be answered.
-    pub fn refused(&self, fault: ClientFault) {
-        self.shard.problem(match fault {
-            ClientFault::Malformed => Problem::Malformed,
-            ClientFault::HeadTooLarge => Problem::HeadTooLarge,
-            ClientFault::UriTooLong => Problem::UriTooLong,
-            ClientFault::HeadTimeout => Problem::HeadTimeout,
-            ClientFault::Stalled => Problem::BodyTimeout,
-        });
-    }
-
     /// Answers one request. Whatever happens inside is accounted for here, once.
     pub async fn call(
         &self,
@@ -178,6 +169,8 @@ impl Proxy {
             held: Duration::ZERO,
             host: None,
             upgrade: false,
+            preferred: None,
+            reach_by: None,
         };
         let answer = self.answer(&mut walk, body).await;
         let received = walk.upload.as_ref().map_or(0, Upload::received);
@@ -245,9 +238,14 @@ impl Proxy {
         walk.cluster = Some(cluster);
         walk.route = route.index;
         let now = Instant::now();
-        let request =
-            cluster.look(now, |topology, _| decide::classify::classify(&head, route, topology))?;
+        let request = cluster.look(now, |topology, _| {
+            let region = cluster.next.primary_region.as_deref();
+            decide::classify::classify(&head, route, topology, region)
+        })?;
         walk.request = Some(request);
+        if walk.client.peer.trusted && request.class == Class::Read {
+            walk.preferred = walk.headers.get(&PREFER_INSTANCE).cloned();
+        }
         cluster.budget.borrow_mut().request(now.into_std());
         if !body.is_end_stream() {
             let (conn, kept) = (Rc::clone(walk.conn), Rc::clone(&self.kept));
@@ -267,7 +265,8 @@ impl Proxy {
         loop {
             if let Some(hold) = wait.take() {
                 let began = Instant::now();
-                let result = self.hold(walk, cluster, &history, hold, deadline, &mut held).await;
+                let until = walk.reach_by.map_or(deadline, |by| by.min(deadline));
+                let result = self.hold(walk, cluster, &history, hold, until, &mut held).await;
                 let waited = began.elapsed();
                 walk.held += waited;
                 let outcome = match result {
@@ -289,6 +288,8 @@ impl Proxy {
                     Choice::Hold(hold) => Err(hold),
                     Choice::Node { index, .. } => {
                         let role = topology.nodes.get(index).map_or(Role::Unknown, |n| n.role);
+                        extra.preferred_unavailable =
+                            walk.preferred.clone().filter(|name| !is_at(topology, index, name));
                         Ok((index, role))
                     }
                 })
@@ -317,15 +318,23 @@ impl Proxy {
                     tried.ended = Ended::Failed(failure);
                     walk.tried(&mut history, &node, tried);
                     report(cluster, &node, failure);
+                    let had_fallen_back = history.fell_back;
                     let next =
                         self.next(walk, cluster, &request, &mut history, Outcome::Failed(failure))?;
-                    if history.fell_back {
-                        extra.replay_failed = Some(replay::failed(
-                            &node.name,
-                            &self.instance,
-                            "retries_exhausted",
-                            now - chosen,
-                        ));
+                    if history.fell_back && !had_fallen_back {
+                        let reason = match failure.kind {
+                            FailureKind::ConnectTimeout => "timeout",
+                            _ => "retries_exhausted",
+                        };
+                        let sender = walk.sender();
+                        let failed = replay::failed(&node.name, &sender, reason, now - chosen);
+                        extra.replay_failed = Some(failed);
+                    }
+                    // What the replay said was about its target; a write that gets nowhere is
+                    // still to fail as early as it said.
+                    extra.transform = None;
+                    if history.fell_back || request.class == Class::Read {
+                        walk.reach_by = None;
                     }
                     match next {
                         Next::Hold(hold) => wait = Some(hold),
@@ -367,7 +376,8 @@ impl Proxy {
                     Ok(_) => ReplayOutcome::Followed,
                 },
             );
-            match next? {
+            let next = next?;
+            match next {
                 Next::Hold(hold) => wait = Some(hold),
                 Next::OtherCluster => {
                     let app = replay.as_ref().ok().and_then(|replay| replay.app.as_deref());
@@ -378,8 +388,24 @@ impl Proxy {
                 }
                 _ => {}
             }
-            if let Ok(replay) = &replay {
-                extra.replay_src = Some(source(&node, replay));
+            if let Ok(replay) = replay {
+                extra.replay_src = Some(source(&node, &replay));
+                walk.reach_by = replay.timeout.map(|timeout| Instant::now() + timeout);
+                if let Some(name) = &replay.prefer_instance {
+                    walk.preferred = HeaderValue::from_str(name).ok();
+                }
+                if replay.cached {
+                    self.shard.replay_cache_ignored(cluster.index);
+                }
+                extra.transform = None;
+                if history.fell_back {
+                    let target = replay.instance.as_deref().unwrap_or_default();
+                    let failed = replay::failed(target, &node.name, "no_candidate", Duration::ZERO);
+                    extra.replay_failed = Some(failed);
+                    walk.reach_by = None;
+                } else if !matches!(next, Next::Hold(_)) {
+                    extra.transform = replay.transform.map(Box::new);
+                }
             }
             cause = Cause::Replay;
         }
@@ -402,6 +428,8 @@ impl Proxy {
         }
         walk.host = host.cloned();
         if let Some(authority) = walk.uri.authority() {
+            // RFC 9112 section 3.2.3: without a scheme it is for CONNECT alone.
+            walk.uri.scheme().ok_or(Problem::Malformed)?;
             // Absolute form: its authority outranks `Host`, and the node gets the origin form.
             walk.host = HeaderValue::from_str(authority.as_str()).ok();
             let asterisk = walk.method == Method::OPTIONS
@@ -508,7 +536,9 @@ impl Proxy {
             expects_continue,
             interim: walk.version == Version::HTTP_11,
             began,
-            connect: timeouts.connect,
+            connect: walk.reach_by.map_or(timeouts.connect, |by| {
+                timeouts.connect.min(by.saturating_duration_since(began))
+            }),
             response_header: timeouts.response_header,
             idle: timeouts.idle,
             body_idle: self.config.limits.body_idle,
@@ -516,7 +546,8 @@ impl Proxy {
         let head = || {
             let mut message = Request::new(());
             *message.method_mut() = walk.method.clone();
-            *message.uri_mut() = walk.uri.clone();
+            let path = extra.transform.as_ref().and_then(|transform| transform.path.clone());
+            *message.uri_mut() = path.map_or_else(|| walk.uri.clone(), Uri::from);
             let mut head = headers::upstream(
                 &walk.headers,
                 walk.host.as_ref(),
@@ -640,9 +671,19 @@ struct Walk<'p> {
     request: Option<decide::Request>,
     tries: SmallVec<[Tried; 2]>,
     held: Duration,
+    /// The node that a replay or a trusted peer would rather have: others are told of it.
+    preferred: Option<HeaderValue>,
+    /// Until when the target of a replay is to be reached, by the replay's own words.
+    reach_by: Option<Instant>,
 }
 
 impl Walk<'_> {
+    /// The node whose replay was followed last.
+    fn sender(&self) -> Arc<str> {
+        let replayed = self.tries.iter().rev().find(|tried| tried.ended == Ended::Replayed);
+        replayed.map_or_else(|| Arc::from(""), |tried| Arc::clone(&tried.node))
+    }
+
     fn tried(&mut self, history: &mut History, node: &Rc<Node>, attempt: Attempt) {
         history.attempts.push(attempt);
         let Attempt { role, cause, ended, .. } = attempt;
@@ -685,6 +726,12 @@ fn hint(cluster: &Cluster, replay: &Replay) {
     if let Some(name) = replay.instance.as_deref().filter(|name| !name.is_empty()) {
         cluster.observer.observe(Saw::PrimaryHint(name.into()), Source::Replay);
     }
+}
+
+/// Whether the node at that place goes by that name.
+fn is_at(topology: &Topology, index: usize, name: &HeaderValue) -> bool {
+    let named = name.to_str().ok().and_then(|name| topology.named(name.trim()));
+    named.is_some_and(|named| topology.nodes.get(index).is_some_and(|node| node.id == named.id))
 }
 
 /// `fly-replay-src` for the next attempt.
@@ -743,12 +790,7 @@ async fn read_replay(
         .headers
         .get(header::CONTENT_ENCODING)
         .is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"));
-    match replay::from_json(&json, encoded)? {
-        // To obey some of what is asked for and not the rest would send another request than the
-        // app meant.
-        Replay { transform: Some(_), .. } => Err(ReplayError::BadTransform),
-        replay => Ok(replay),
-    }
+    replay::from_json(&json, encoded)
 }
 
 /// How long the JSON of a replay may take.

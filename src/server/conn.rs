@@ -28,7 +28,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{ClientFault, Limits, Origin, Service, drain, io::ClientIo};
+use super::{ClientFault, Limits, Origin, Refusal, Service, drain, io::ClientIo};
 
 /// The longest time between two looks at an active connection's limits.
 const TICK: Duration = Duration::from_secs(1);
@@ -68,6 +68,11 @@ pub struct Conn {
     body_wait: Cell<Option<Instant>>,
     /// Bytes were handed to the socket since hyper last found its buffer empty.
     dirty: Cell<bool>,
+    /// Some of the response to a request that the service was asked for may not be with the
+    /// socket yet. Without it hyper has nothing to write but its own answer to a bad head.
+    owed: Cell<bool>,
+    /// The status of that answer, which was kept from the client: the service has a better one.
+    unsaid: Cell<Option<u16>>,
     /// Since when the client takes nothing.
     blocked: Cell<Option<Instant>>,
     received: Cell<u64>,
@@ -110,6 +115,8 @@ impl Conn {
             body_open: Cell::new(false),
             body_wait: Cell::new(None),
             dirty: Cell::new(false),
+            owed: Cell::new(false),
+            unsaid: Cell::new(None),
             blocked: Cell::new(None),
             received: Cell::new(0),
             sent: Cell::new(0),
@@ -205,6 +212,7 @@ impl Conn {
             self.since.set(Instant::now());
         }
         self.phase.set(Phase::Busy);
+        self.owed.set(true);
         self.body_open.set(has_body);
     }
 
@@ -231,6 +239,26 @@ impl Conn {
 
     pub(super) fn flushed(&self) {
         self.dirty.set(false);
+        let phase = self.phase.get();
+        if phase != Phase::Busy && self.owed.replace(false) && phase == Phase::Head {
+            // Nobody listened before: the next head's time begins now.
+            self.since.set(Instant::now());
+        }
+    }
+
+    /// Whether what hyper writes answers a request that the service knows.
+    pub(super) fn is_owed(&self) -> bool {
+        self.owed.get()
+    }
+
+    /// Notes what hyper would have said of a bad head.
+    pub(super) fn keep_unsaid(&self, answer: &[u8]) {
+        let status = answer.get(9..12).and_then(|code| std::str::from_utf8(code).ok());
+        self.unsaid.set(Some(status.and_then(|code| code.parse().ok()).unwrap_or(400)));
+    }
+
+    pub(super) fn is_unsaid(&self) -> bool {
+        self.unsaid.get().is_some()
     }
 
     pub(super) fn has_interim(&self) -> bool {
@@ -257,7 +285,7 @@ impl Conn {
         let quiet = now - self.since.get();
         match self.phase.get() {
             Phase::Idle => {
-                if quiet >= limits.idle {
+                if quiet >= limits.idle && !self.dirty.get() {
                     Look::Stop(Stop::Idle)
                 } else if quiet >= PARK_AFTER && !self.dirty.get() && !self.body_open.get() {
                     Look::Stop(if self.drain.is_draining() { Stop::Idle } else { Stop::Quiet })
@@ -265,6 +293,8 @@ impl Conn {
                     Look::At(now + TICK)
                 }
             }
+            // Until the client has taken what it asked for before, nobody reads on.
+            Phase::Head if self.owed.get() => Look::At(now + TICK),
             Phase::Head if quiet >= limits.header_read => Look::Stop(Stop::HeadTimeout),
             Phase::Head => Look::At((self.since.get() + limits.header_read).min(now + TICK)),
             Phase::Busy => {
@@ -428,18 +458,20 @@ async fn active<S: Service + 'static>(
     } else if !parts.read_buf.is_empty() {
         ahead = [parts.read_buf, ahead].concat().into();
     }
+    let refused = |fault, head: &[u8], detail: &str| {
+        let took = conn.since.get().elapsed();
+        service.refused(client, &Refusal { fault, head, detail, took })
+    };
     match stop {
         Stop::Quiet if ahead.is_empty() => Rest::Park(stream),
         Stop::Quiet => Rest::Again(stream, ahead),
         Stop::Idle => Rest::Over,
         Stop::Stalled => {
-            service.refused(client, ClientFault::Stalled);
+            refused(ClientFault::Stalled, &[], "");
             Rest::Over
         }
         Stop::HeadTimeout => {
-            service.refused(client, ClientFault::HeadTimeout);
-            let _ = stream.try_write(&service.last_words(ClientFault::HeadTimeout));
-            linger(stream).await;
+            linger(stream, &refused(ClientFault::HeadTimeout, &ahead, "")).await;
             Rest::Over
         }
         Stop::Ended(result) => {
@@ -449,15 +481,20 @@ async fn active<S: Service + 'static>(
                 return Rest::Over;
             }
             if let Err(error) = &result
-                && let Some(fault) = fault(error)
+                && let Some(fault) = fault(error, conn.unsaid.get())
             {
-                service.refused(client, fault);
-                linger(stream).await;
+                let detail = error.to_string();
+                let consumed = CONSUMED.iter().any(|fault| detail.starts_with(fault));
+                let answer = refused(fault, if consumed { &[] } else { &ahead }, &detail);
+                // What is left of an earlier response went with hyper's buffers: an answer would
+                // be taken for its rest.
+                let answer = if conn.owed.get() { Bytes::new() } else { answer };
+                linger(stream, &answer).await;
             } else if conn.reset.get() {
                 // Without this the close would look like the end of the body.
                 let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
             } else if conn.body_open.get() && result.is_ok() {
-                linger(stream).await;
+                linger(stream, &[]).await;
             }
             Rest::Over
         }
@@ -466,11 +503,22 @@ async fn active<S: Service + 'static>(
 
 /// hyper's own bound, for which it needs no allocation.
 const HYPERS_HEADERS: usize = 100;
+/// How hyper begins to tell of what it may find only after it has consumed the head, so that
+/// whatever is left came behind it. The tests of refusals hold this against hyper.
+const CONSUMED: [&str; 4] = [
+    "invalid URI",
+    "invalid content-length",
+    "invalid transfer-encoding",
+    "unexpected transfer-encoding",
+];
 /// The largest read from a client at once, and the most that waits to be written to it.
 const READ_BUFFER: usize = 64 << 10;
 
-fn fault(error: &hyper::Error) -> Option<ClientFault> {
-    if error.is_parse_too_large() {
+/// What the client did wrong, by hyper's error and the status that it would have answered with.
+fn fault(error: &hyper::Error, unsaid: Option<u16>) -> Option<ClientFault> {
+    if unsaid == Some(414) {
+        Some(ClientFault::UriTooLong)
+    } else if error.is_parse_too_large() {
         Some(ClientFault::HeadTooLarge)
     } else if error.is_parse() {
         Some(ClientFault::Malformed)
@@ -479,10 +527,12 @@ fn fault(error: &hyper::Error) -> Option<ClientFault> {
     }
 }
 
-/// Lets a client that is still sending read what we said before the socket goes: closing with
-/// unread bytes makes the kernel send a reset, which may overtake the answer (RFC 9112 section 9.6).
-async fn linger(mut stream: TcpStream) {
+/// Says the last words and lets a client that is still sending read them before the socket goes:
+/// closing with unread bytes makes the kernel send a reset, which may overtake the answer (RFC 9112
+/// section 9.6).
+async fn linger(mut stream: TcpStream, last_words: &[u8]) {
     let _ = tokio::time::timeout(LINGER, async {
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, last_words).await;
         let _ = tokio::io::AsyncWriteExt::shutdown(&mut stream).await;
         let mut scratch = vec![0; 16 << 10];
         let mut left = LINGER_BYTES;

@@ -1,8 +1,8 @@
 //! The client's socket as hyper sees it, with what the connection has to know about it.
 //!
 //! Notes when a request's first byte comes and whether written bytes are stuck, passes on bytes
-//! that were read ahead, and slips interim responses (1xx) in between final ones, which hyper's
-//! server cannot send. All of it costs a few moves between cells of one thread.
+//! that were read ahead, slips interim responses (1xx) in between final ones, which hyper's
+//! server cannot send, and keeps back hyper's bare answer to a bad head. All of it costs a few moves between cells of one thread.
 
 use std::{
     io,
@@ -120,6 +120,10 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if !self.conn.is_owed() {
+            self.conn.keep_unsaid(buf);
+            return Poll::Ready(Ok(buf.len()));
+        }
         ready!(self.poll_interim(cx))?;
         let result = Pin::new(&mut self.stream).poll_write(cx, buf);
         self.wrote(result)
@@ -130,6 +134,10 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if !self.conn.is_owed() {
+            self.conn.keep_unsaid(bufs.first().map_or(&[], |first| first));
+            return Poll::Ready(Ok(bufs.iter().map(|buf| buf.len()).sum()));
+        }
         ready!(self.poll_interim(cx))?;
         let len = bufs.iter().map(|buf| buf.len()).sum();
         let result = write_vectored(&mut self.stream, cx, bufs, len);
@@ -149,6 +157,10 @@ impl AsyncWrite for ClientIo {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.conn.is_unsaid() {
+            // The service's answer has yet to go out.
+            return Poll::Ready(Ok(()));
+        }
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -40,11 +40,22 @@ pub trait Service {
     ) -> impl Future<Output = Response<Self::Body>>;
 
     /// The connection ends because of what the client sent or failed to send before there was a
-    /// request to answer. For logs and counters.
-    fn refused(&self, client: &Self::Client, fault: ClientFault);
+    /// request to answer. For logs and counters; returns the whole answer as it goes over the
+    /// wire, or nothing.
+    fn refused(&self, client: &Self::Client, refusal: &Refusal<'_>) -> Bytes;
+}
 
-    /// What is written to the client then, where HTTP's own machinery does not answer already.
-    fn last_words(&self, fault: ClientFault) -> Bytes;
+/// A connection that ends without a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Refusal<'a> {
+    /// What was wrong.
+    pub fault: ClientFault,
+    /// What came of the head. Hostile, and empty where HTTP's machinery has consumed it.
+    pub head: &'a [u8],
+    /// What exactly, in words that hold nothing of the client's; or empty.
+    pub detail: &'a str,
+    /// Since its first byte.
+    pub took: Duration,
 }
 
 /// What was wrong with a client that never got as far as a request.

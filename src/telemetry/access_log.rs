@@ -41,8 +41,8 @@ pub struct Entry {
     pub time: SystemTime,
     /// The client.
     pub peer: SocketAddr,
-    /// The method.
-    pub method: Method,
+    /// The method, as far as it is known.
+    pub method: Option<Method>,
     /// What the client sent.
     pub line: Line,
     /// The cluster.
@@ -74,10 +74,10 @@ pub struct Entry {
 /// The parts of a request that only the log wants.
 #[derive(Debug)]
 pub struct Line {
-    /// The request target.
-    pub target: Uri,
-    /// The protocol.
-    pub version: Version,
+    /// The request target, as far as it is known.
+    pub target: Option<Uri>,
+    /// The protocol, as far as it is known.
+    pub version: Option<Version>,
     /// `Host`
     pub host: Option<HeaderValue>,
     /// `User-Agent`
@@ -90,8 +90,8 @@ impl Line {
     /// Takes what the log wants: reference counts, not copies.
     pub fn of(target: &Uri, version: Version, head: &HeaderMap) -> Self {
         Self {
-            target: target.clone(),
-            version,
+            target: Some(target.clone()),
+            version: Some(version),
             host: head.get(header::HOST).cloned(),
             user_agent: head.get(header::USER_AGENT).cloned(),
             request_id: head.get("x-request-id").cloned(),
@@ -285,8 +285,8 @@ fn text(page: &mut String, entry: &Entry) {
         "{} {} \"{} {}\" {} {}B {:.1}ms {}",
         humantime(entry.time),
         entry.peer.ip(),
-        Plain(entry.method.as_str().as_bytes()),
-        Plain(line.target.to_string().as_bytes()),
+        Plain(entry.method.as_ref().map_or("-", Method::as_str).as_bytes()),
+        Plain(line.target.as_ref().map_or_else(|| "-".to_owned(), Uri::to_string).as_bytes()),
         entry.status.as_u16(),
         entry.sent,
         entry.duration.as_secs_f64() * 1000.0,
@@ -335,9 +335,9 @@ fn json(page: &mut String, entry: &Entry) {
     let object = serde_json::json!({
         "time": humantime(entry.time),
         "peer": entry.peer.to_string(),
-        "method": entry.method.as_str(),
-        "target": line.target.to_string(),
-        "protocol": format!("{:?}", line.version),
+        "method": entry.method.as_ref().map(Method::as_str),
+        "target": line.target.as_ref().map(Uri::to_string),
+        "protocol": line.version.map(|version| format!("{version:?}")),
         "host": field(line.host.as_ref()),
         "user_agent": field(line.user_agent.as_ref()),
         "request_id": field(line.request_id.as_ref()),
@@ -395,7 +395,7 @@ mod tests {
         Entry {
             time: SystemTime::UNIX_EPOCH + Duration::from_millis(1_795_489_445_678),
             peer: "192.0.2.7:4711".parse().unwrap(),
-            method: Method::POST,
+            method: Some(Method::POST),
             line: Line::of(&target, Version::HTTP_11, &head),
             cluster: Some("abaci".into()),
             route: None,

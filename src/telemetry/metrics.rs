@@ -104,8 +104,8 @@ pub struct Finished<'a> {
     pub cluster: Option<usize>,
     /// Its class, if it was classified.
     pub class: Option<Class>,
-    /// Its method.
-    pub method: &'a Method,
+    /// Its method, as far as it is known.
+    pub method: Option<&'a Method>,
     /// What the client got.
     pub status: StatusCode,
     /// From its first byte to the end of the answer.
@@ -211,6 +211,7 @@ struct ClusterCells {
     retried: [Cell; 2],
     retry_refused: Cell,
     replays: [Cell; 3],
+    caches_ignored: Cell,
     holds: [Cell; 3],
     hold_duration: Histogram,
 }
@@ -224,6 +225,7 @@ impl ClusterCells {
             retried: Default::default(),
             retry_refused: Cell::default(),
             replays: Default::default(),
+            caches_ignored: Cell::default(),
             holds: Default::default(),
             hold_duration: Histogram::default(),
         }
@@ -339,6 +341,13 @@ impl Shard {
         }
     }
 
+    /// A node asked for its replay to be remembered, which litegate has no use for.
+    pub fn replay_cache_ignored(&self, cluster: usize) {
+        if let Some((_, cells)) = self.clusters.get(cluster) {
+            cells.caches_ignored.add(1);
+        }
+    }
+
     /// A hold ended.
     pub fn held(&self, cluster: usize, outcome: HoldOutcome, waited: Duration) {
         if let Some((_, cells)) = self.clusters.get(cluster) {
@@ -375,9 +384,9 @@ impl Shard {
     }
 }
 
-fn method_place(method: &Method) -> usize {
-    let name = method.as_str();
-    METHODS.iter().position(|known| *known == name).unwrap_or(METHODS.len() - 1)
+fn method_place(method: Option<&Method>) -> usize {
+    let name = method.map(Method::as_str);
+    METHODS.iter().position(|known| Some(*known) == name).unwrap_or(METHODS.len() - 1)
 }
 
 fn code_place(status: StatusCode) -> usize {
@@ -725,6 +734,16 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
             }
         }
     }
+    let name = "litegate_replay_caches_ignored_total";
+    page.family(
+        name,
+        "counter",
+        "Replays that were to be remembered, which litegate has no use for.",
+    );
+    for cluster in clusters.iter().filter(|name| !name.is_empty()) {
+        let n = of(cluster).iter().map(|cells| cells.caches_ignored.get()).sum::<u64>();
+        page.line(name, &[("cluster", cluster)], n);
+    }
     page.family(
         "litegate_hold_duration_seconds",
         "histogram",
@@ -942,7 +961,7 @@ mod tests {
             listener: 0,
             cluster: Some(0),
             class: Some(Class::Write),
-            method: &Method::POST,
+            method: Some(&Method::POST),
             status: StatusCode::CREATED,
             duration: Duration::from_millis(2),
             received: 10,

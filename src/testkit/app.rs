@@ -62,6 +62,19 @@ async fn app(world: &World, node: usize, wire: &mut Wire, head: &Head) -> Option
     if let Some(counter) = world.served.get(node) {
         counter.fetch_add(1, Ordering::Relaxed);
     }
+    // An app replays what asks for it, once: `fly-replay-src` says that it did.
+    if head.field("fly-replay-src").is_none() {
+        if let Some(json) = head.field("x-replay-json") {
+            let kind = "content-type: application/vnd.fly.replay+json\r\n";
+            wire.body(head).await?;
+            return wire.answer("307 Temporary Redirect", kind, json.as_bytes()).await;
+        }
+        if let Some(value) = head.field("x-replay") {
+            wire.body(head).await?;
+            let fields = format!("fly-replay: {value}\r\nfly-replay-cache: /*\r\n");
+            return wire.answer("409 Conflict", &fields, b"elsewhere").await;
+        }
+    }
     let path = head.path().to_owned();
     let mut parts = path.split('/').skip(1);
     let (verb, argument) = (parts.next().unwrap_or(""), parts.next().unwrap_or(""));

@@ -25,8 +25,17 @@ impl Gate {
 
     /// With these keys of the cluster's section.
     pub(crate) async fn with(options: Options, keys: &str) -> Self {
+        Self::edited(options, keys, |text| text).await
+    }
+
+    /// With these keys of the cluster's section, and the whole file changed once more.
+    pub(crate) async fn edited(
+        options: Options,
+        keys: &str,
+        edit: impl FnOnce(String) -> String,
+    ) -> Self {
         let cluster = Cluster::start(options).await.expect("loopback has ports");
-        let text = config(&cluster, keys);
+        let text = edit(config(&cluster, keys));
         let gate = Self::before(cluster, &text);
         if keys.contains("litefs") {
             gate.until(|topology| topology.primary.is_some()).await;

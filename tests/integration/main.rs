@@ -6,6 +6,8 @@ mod http;
 mod leaving;
 mod process;
 mod reads;
+mod refusals;
+mod replays;
 mod writes;
 
 mod examples;
