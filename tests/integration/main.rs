@@ -6,6 +6,7 @@ mod http;
 mod leaving;
 mod process;
 mod reads;
+mod testkit;
 mod writes;
 
 mod examples;
