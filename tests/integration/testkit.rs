@@ -12,7 +12,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-const SLOW: Duration = Duration::from_secs(3600);
+const SLOW: Duration = Duration::from_hours(1);
 /// The longest that anything here may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
