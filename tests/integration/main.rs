@@ -7,6 +7,7 @@ mod leaving;
 mod process;
 mod reads;
 mod testkit;
+mod verify;
 mod writes;
 
 mod examples;
