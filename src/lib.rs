@@ -24,3 +24,4 @@ pub mod telemetry;
 pub mod testkit;
 pub mod topology;
 pub mod upstream;
+pub mod verify;

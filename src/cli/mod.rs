@@ -10,6 +10,7 @@ use crate::config::{Config, load, units};
 
 mod check;
 mod explain;
+mod verify;
 
 /// The configuration is wrong.
 const BAD_CONFIG: u8 = 3;
@@ -25,6 +26,7 @@ Examples:
   litegate check -c litegate.toml            is the configuration right?
   litegate explain POST /api/items           where would this go, and why?
   litegate run -c litegate.toml              serve
+  litegate verify http://abaci.one           does it keep its word, while pods restart?
 
 Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 wrong configuration.
 Every key can be set by the environment: LITEGATE__CLUSTER__APP__HOLD__TIMEOUT=25s"
@@ -69,6 +71,8 @@ enum Command {
         #[arg(long, value_parser = units::duration)]
         duration: Option<Duration>,
     },
+    /// Judge a live deployment: write, read back, and say what was lost, repeated or stale
+    Verify(Box<verify::Verify>),
     /// Print completions for a shell
     Completions {
         /// Which
@@ -124,6 +128,7 @@ pub fn main() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }
         Command::Demo { duration } => Ok(crate::demo::run(duration)),
+        Command::Verify(arguments) => Ok(verify::verify(&arguments)),
         Command::Completions { shell } => {
             let mut command = Arguments::command();
             clap_complete::generate(shell, &mut command, "litegate", &mut std::io::stdout());

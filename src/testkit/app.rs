@@ -1,64 +1,53 @@
-//! What a node answers: LiteFS's proxy, the app behind it, and LiteFS's API.
+//! The app behind each node's proxy.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{fmt::Write as _, sync::atomic::Ordering, time::Duration};
 
 use serde_json::json;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 use super::{
-    Naming, World,
+    Bug, World,
+    state::{State, Write},
     wire::{Head, Wire},
 };
 
-/// How long an unread upload may still flow before the connection is cut (Go drains 256 KiB).
-const UNREAD: usize = 256 << 10;
+/// What is said to a write where there is no primary.
+const READONLY: &str = "attempt to write a readonly database";
 
-/// LiteFS's proxy: reads go to the app, writes too on the primary; elsewhere they are replayed.
-/// Returns whether the connection goes on.
-pub(super) async fn proxy(world: &World, node: usize, wire: &mut Wire, head: &Head) -> bool {
-    let is_read = matches!(&*head.method, "GET" | "HEAD");
-    if is_read {
-        return app(world, node, wire, head).await.is_some();
-    }
-    let mut changed = world.changed.subscribe();
-    let deadline = Instant::now() + world.options.patience;
-    let primary = loop {
-        if let Some(primary) = world.state().primary {
-            break Some(primary);
-        }
-        if timeout(deadline - Instant::now(), changed.changed()).await.is_err() {
-            break None;
-        }
-    };
-    let naming = world.state().nodes.get(node).map(|node| node.naming.clone()).unwrap_or_default();
-    let instance = match (primary, naming) {
-        (Some(primary), _) if primary == node => {
-            return app(world, node, wire, head).await.is_some();
-        }
-        (_, Naming::Value(value)) => value,
-        (_, Naming::Itself) => format!("instance={}", World::name(node)),
-        (_, Naming::Empty) => "instance=".to_owned(),
-        (Some(primary), Naming::Primary) => format!("instance={}", World::name(primary)),
-        (None, Naming::Primary) => {
-            let body = b"Proxy error: no primary available\n";
-            let _ = wire.answer("503 Service Unavailable", "connection: close\r\n", body).await;
-            return false;
-        }
-    };
-    // The body is not read. Go drains a little of it to keep the connection, and cuts it else.
-    let length = head.field("content-length").and_then(|length| length.parse::<usize>().ok());
-    let fields = format!("Fly-Replay: {instance}\r\n");
-    if length.is_some_and(|length| length <= UNREAD) && head.field("expect").is_none() {
-        return wire.answer("200 OK", &fields, b"").await.is_some()
-            && wire.body(head).await.is_some();
-    }
-    let close = format!("{fields}connection: close\r\n");
-    let _ = wire.answer("200 OK", &close, b"").await;
-    false
+/// An answer of the app, before anybody adds to it.
+enum Said {
+    Whole {
+        status: String,
+        fields: String,
+        body: Vec<u8>,
+    },
+    /// It has written by itself. `None`: the connection is at its end.
+    Itself(Option<()>),
 }
 
-/// The app.
-async fn app(world: &World, node: usize, wire: &mut Wire, head: &Head) -> Option<()> {
+impl Said {
+    fn ok(fields: &str, body: impl Into<Vec<u8>>) -> Self {
+        Self::Whole { status: "200 OK".into(), fields: fields.into(), body: body.into() }
+    }
+
+    fn error(status: &str, body: &str) -> Self {
+        Self::Whole { status: status.into(), fields: String::new(), body: body.into() }
+    }
+}
+
+/// The app with nothing before it.
+pub(super) async fn app(world: &World, node: usize, wire: &mut Wire, head: &Head) -> bool {
+    forward(world, node, wire, head, false).await.is_some()
+}
+
+/// The app, and LiteFS's cookie after a write.
+pub(super) async fn forward(
+    world: &World,
+    node: usize,
+    wire: &mut Wire,
+    head: &Head,
+    cookie: bool,
+) -> Option<()> {
     if let Some(counter) = world.served.get(node) {
         counter.fetch_add(1, Ordering::Relaxed);
     }
@@ -75,57 +64,69 @@ async fn app(world: &World, node: usize, wire: &mut Wire, head: &Head) -> Option
             return wire.answer("409 Conflict", &fields, b"elsewhere").await;
         }
     }
+    match said(world, node, wire, head).await? {
+        Said::Itself(goes_on) => goes_on,
+        Said::Whole { status, mut fields, body } => {
+            let txid = world.state().position(node, 0).txid;
+            if cookie && txid > 0 {
+                let _ = write!(fields, "Set-Cookie: __txid={txid:016x}; Path=/; HttpOnly\r\n");
+            }
+            let body = if head.method == "HEAD" { Vec::new() } else { body };
+            wire.answer(&status, &fields, &body).await
+        }
+    }
+}
+
+async fn said(world: &World, node: usize, wire: &mut Wire, head: &Head) -> Option<Said> {
     let path = head.path().to_owned();
     let mut parts = path.split('/').skip(1);
     let (verb, argument) = (parts.next().unwrap_or(""), parts.next().unwrap_or(""));
     let number = argument.parse::<usize>().unwrap_or(0).min(64 << 20);
-    match (verb, &*head.method) {
-        ("kv", "GET" | "HEAD") => {
-            let count = present(world, node, argument);
-            let body = json!({ "node": World::name(node), "count": count }).to_string();
-            let body = if head.method == "HEAD" { String::new() } else { body };
-            wire.answer("200 OK", "content-type: application/json\r\n", body.as_bytes()).await
+    let name = State::name(node);
+    Some(match (verb, &*head.method) {
+        ("kv", "GET" | "HEAD") => read(world, node, head, argument),
+        ("kv", _) => write(world, node, wire, head, argument).await?,
+        ("touch", "GET") => {
+            let said = write(world, node, wire, head, argument).await?;
+            with(said, "Litegate-Write: 1\r\n")
         }
-        ("kv", method) => {
-            let body = wire.body(head).await?;
-            let txid = commit(world, node, argument, method, body.len());
-            let body = json!({ "node": World::name(node), "txid": txid }).to_string();
-            let cookie = format!("Set-Cookie: __txid={txid:016x}; Path=/; HttpOnly\r\n");
-            wire.answer("200 OK", &cookie, body.as_bytes()).await
+        ("search", _) => {
+            wire.body(head).await?;
+            Said::ok("Litegate-Write: 0\r\n", json!({ "node": name, "found": 0 }).to_string())
         }
         ("echo", _) => {
             let body = wire.body(head).await?;
             let sum: u64 = body.iter().map(|byte| u64::from(*byte)).sum();
-            let body = json!({
-                "node": World::name(node),
+            let echo = json!({
+                "node": name,
                 "method": head.method,
                 "target": head.target,
                 "fields": head.fields,
                 "length": body.len(),
                 "sum": sum,
             });
-            wire.answer("200 OK", "", body.to_string().as_bytes()).await
+            Said::ok("", echo.to_string())
         }
-        ("whoami", _) => wire.answer("200 OK", "", World::name(node).as_bytes()).await,
-        ("bytes", _) => wire.answer("200 OK", "", &vec![b'x'; number]).await,
+        ("whoami", _) => Said::ok("", name),
+        ("bytes", _) => Said::ok("", vec![b'x'; number]),
         ("sleep", _) => {
             sleep(Duration::from_millis(number as u64)).await;
-            wire.answer("200 OK", "", b"slept").await
+            Said::ok("", "slept")
         }
         ("status", _) => {
             wire.body(head).await?;
-            wire.answer(&format!("{argument} Whatever"), "", b"so it is").await
+            Said::error(&format!("{argument} Whatever"), "so it is")
         }
-        ("trailers", _) => {
+        ("trailers", _) => Said::Itself(
             wire.write(
                 b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n\
                   5\r\nhello\r\n0\r\nx-sum: 5\r\n\r\n",
             )
-            .await
-        }
+            .await,
+        ),
         ("hints", _) => {
             wire.write(b"HTTP/1.1 103 Early Hints\r\nlink: </style.css>\r\n\r\n").await?;
-            wire.answer("200 OK", "", b"hinted").await
+            Said::ok("", "hinted")
         }
         ("upgrade", _) => {
             wire.write(
@@ -134,14 +135,74 @@ async fn app(world: &World, node: usize, wire: &mut Wire, head: &Head) -> Option
             .await?;
             let (mut read, mut write) = wire.stream.split();
             let _ = tokio::io::copy(&mut read, &mut write).await;
-            None
+            Said::Itself(None)
         }
-        ("fault", _) => fault(wire, head, argument).await,
+        ("fault", _) => Said::Itself(fault(wire, head, argument).await),
         _ => {
             wire.body(head).await?;
-            wire.answer("404 Not Found", "", b"nothing here").await
+            Said::error("404 Not Found", "nothing here")
         }
+    })
+}
+
+fn with(said: Said, more: &str) -> Said {
+    match said {
+        Said::Whole { status, fields, body } => Said::Whole { status, fields: fields + more, body },
+        itself @ Said::Itself(_) => itself,
     }
+}
+
+/// Which database the request is about.
+fn database(world: &World, head: &Head) -> usize {
+    let named = head.query("db").unwrap_or("");
+    world.options.databases.iter().position(|name| *name == named).unwrap_or(0)
+}
+
+fn read(world: &World, node: usize, head: &Head, key: &str) -> Said {
+    let (database, name) = (database(world, head), State::name(node));
+    let mut state = world.state();
+    let body = if key.is_empty() {
+        let keys = state.keys(node, database, head.query("prefix").unwrap_or(""));
+        json!({ "node": name, "keys": keys })
+    } else {
+        let values = state.read(node, database, key, Instant::now());
+        let values: Vec<&str> = values.iter().map(|value| &**value).collect();
+        json!({ "node": name, "count": values.len(), "values": values })
+    };
+    Said::ok("content-type: application/json\r\n", body.to_string())
+}
+
+async fn write(
+    world: &World,
+    node: usize,
+    wire: &mut Wire,
+    head: &Head,
+    key: &str,
+) -> Option<Said> {
+    let body = wire.body(head).await?;
+    let pause = |name| {
+        let millis = head.query(name).and_then(|millis| millis.parse().ok());
+        sleep(Duration::from_millis(millis.unwrap_or(0)))
+    };
+    if head.query("wait").is_some() {
+        pause("wait").await;
+    }
+    let write = Write { database: database(world, head), key, method: &head.method, body: &body };
+    let (position, bug) = {
+        let mut state = world.state();
+        (state.write(node, &write, Instant::now()), state.bug)
+    };
+    if head.query("linger").is_some() {
+        pause("linger").await;
+    }
+    let Some(position) = position else {
+        return Some(Said::error("500 Internal Server Error", READONLY));
+    };
+    if bug == Some(Bug::Silent) {
+        return Some(Said::ok("", ""));
+    }
+    let body = json!({ "node": State::name(node), "txid": position.txid }).to_string();
+    Some(Said::ok("content-type: application/json\r\n", body))
 }
 
 /// What goes wrong on purpose. Always ends the connection.
@@ -167,93 +228,4 @@ async fn fault(wire: &mut Wire, head: &Head, which: &str) -> Option<()> {
         _ => {}
     }
     None
-}
-
-/// How often a node has the id: replicas a little later than the primary.
-fn present(world: &World, node: usize, id: &str) -> usize {
-    let state = world.state();
-    let delay =
-        if state.primary == Some(node) { Duration::ZERO } else { world.options.replication };
-    let now = Instant::now();
-    state.log.iter().filter(|(other, at)| other == id && *at + delay <= now).count()
-}
-
-fn commit(world: &World, node: usize, id: &str, method: &str, bytes: usize) -> usize {
-    let mut state = world.state();
-    let written = state.ledger.entry(id.to_owned()).or_default();
-    written.on.push(node);
-    method.clone_into(&mut written.method);
-    written.bytes = bytes;
-    state.log.push((id.to_owned(), Instant::now()));
-    state.log.len()
-}
-
-/// LiteFS's API.
-pub(super) async fn api(world: &World, node: usize, wire: &mut Wire, head: &Head) -> bool {
-    let (is_primary, hostname, incarnation, lag, txid) = standing(world, node);
-    let identity =
-        format!("Litefs-Id: {incarnation:016X}\r\nLitefs-Cluster-Id: LFSC0000000000000001\r\n");
-    match head.path() {
-        "/info" => {
-            let body = json!({
-                "clusterID": "LFSC0000000000000001",
-                "isPrimary": is_primary,
-                "candidate": true,
-                "path": "/litefs",
-                "primary": { "hostname": hostname },
-            });
-            wire.answer("200 OK", &identity, body.to_string().as_bytes()).await.is_some()
-        }
-        "/events" => {
-            let head =
-                format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n{identity}\r\n");
-            events(world, node, wire, &head).await;
-            false
-        }
-        "/debug/vars" => {
-            let db = json!({ "name": "app.db", "txid": format!("{txid:016x}"), "checksum": format!("{txid:016x}") });
-            let body = json!({ "store": { "isPrimary": is_primary, "candidate": true, "dbs": { "app.db": db } } });
-            wire.answer("200 OK", "", body.to_string().as_bytes()).await.is_some()
-        }
-        "/metrics" => {
-            let body = format!(
-                "litefs_is_primary {}\nlitefs_lag_seconds {}\n",
-                u8::from(is_primary),
-                lag.as_secs_f64()
-            );
-            wire.answer("200 OK", "", body.as_bytes()).await.is_some()
-        }
-        _ => wire.answer("404 Not Found", "", b"404 page not found\n").await.is_some(),
-    }
-}
-
-fn standing(world: &World, node: usize) -> (bool, String, u64, Duration, usize) {
-    let state = world.state();
-    let is_primary = state.primary == Some(node);
-    let hostname = state.primary.map(World::name).unwrap_or_default();
-    let (incarnation, lag) =
-        state.nodes.get(node).map_or((0, Duration::ZERO), |node| (node.incarnation, node.lag));
-    (is_primary, hostname, incarnation, lag, state.log.len())
-}
-
-/// The push stream: one line at the begin, then one for each change of role.
-async fn events(world: &World, node: usize, wire: &mut Wire, head: &str) -> Option<()> {
-    wire.write(head.as_bytes()).await?;
-    let mut changed = world.changed.subscribe();
-    let mut kind = "init";
-    let mut told = None;
-    loop {
-        let (is_primary, hostname, ..) = standing(world, node);
-        if told.as_ref() != Some(&(is_primary, hostname.clone())) {
-            let mut data = json!({ "isPrimary": is_primary });
-            if !is_primary && !hostname.is_empty() {
-                data["hostname"] = hostname.clone().into();
-            }
-            let line = format!("{}\n", json!({ "type": kind, "data": data }));
-            wire.write(line.as_bytes()).await?;
-            kind = "primaryChange";
-            told = Some((is_primary, hostname));
-        }
-        changed.changed().await.ok()?;
-    }
 }

@@ -32,6 +32,22 @@ impl Head {
     pub(super) fn path(&self) -> &str {
         self.target.split('?').next().unwrap_or("")
     }
+
+    /// The first value of that name in the query, as it stands there.
+    pub(super) fn query(&self, name: &str) -> Option<&str> {
+        let query = self.target.split_once('?')?.1;
+        let mut pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+        pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
+    }
+
+    /// The first cookie of that name.
+    pub(super) fn cookie(&self, name: &str) -> Option<&str> {
+        let fields = self.fields.iter().filter(|(field, _)| field.eq_ignore_ascii_case("cookie"));
+        let mut pairs = fields.flat_map(|(_, value)| value.split(';'));
+        pairs
+            .find_map(|pair| pair.trim().split_once('=').filter(|(key, _)| *key == name))
+            .map(|(_, value)| value)
+    }
 }
 
 impl Wire {

@@ -8,6 +8,8 @@ mod process;
 mod reads;
 mod refusals;
 mod replays;
+mod testkit;
+mod verify;
 mod writes;
 
 mod examples;

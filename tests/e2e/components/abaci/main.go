@@ -5,6 +5,10 @@
 //	                               ?linger=200ms waits between the commit and the answer.
 //	GET /w/ID                      the rows with that id: two rows are a write executed twice
 //	GET /ids                       every id with its number of rows
+//	PUT /kv/KEY                    the key's value is now the body; 201
+//	POST /kv/KEY                   the body joins the key's values; 201. Both take ?linger=
+//	GET /kv/KEY                    the key's values, oldest first, as this node has them: what
+//	                               litegate verify works with
 //	GET /whoami                    this node, and the request's header as it arrived
 //	GET /healthz                   200
 //
@@ -59,6 +63,12 @@ func main() {
 		if _, err := a.writer.Exec(`CREATE INDEX IF NOT EXISTS writes_by_id ON writes (id)`); err != nil {
 			log.Fatalf("create the index: %v", err)
 		}
+		if _, err := a.writer.Exec(`CREATE TABLE IF NOT EXISTS kv (key TEXT NOT NULL, value TEXT NOT NULL)`); err != nil {
+			log.Fatalf("create the table of keys: %v", err)
+		}
+		if _, err := a.writer.Exec(`CREATE INDEX IF NOT EXISTS kv_by_key ON kv (key)`); err != nil {
+			log.Fatalf("create the index of keys: %v", err)
+		}
 	}
 
 	go endWithParent()
@@ -87,6 +97,7 @@ func open(path string, connections int) *sql.DB {
 func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Abaci-Node", a.node)
 	id, isWrite := strings.CutPrefix(r.URL.Path, "/w/")
+	key, isKey := strings.CutPrefix(r.URL.Path, "/kv/")
 	isRead := r.Method == http.MethodGet || r.Method == http.MethodHead
 	switch {
 	case isWrite && id != "" && isRead:
@@ -94,6 +105,11 @@ func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		answer(w, http.StatusOK, rows, err)
 	case isWrite && id != "":
 		a.write(w, r, id)
+	case isKey && key != "" && isRead:
+		values, err := a.values(key)
+		answer(w, http.StatusOK, map[string]any{"node": a.node, "values": values}, err)
+	case isKey && key != "":
+		a.keep(w, r, key)
 	case r.URL.Path == "/ids" && isRead:
 		ids, err := a.ids()
 		answer(w, http.StatusOK, ids, err)
@@ -126,6 +142,57 @@ func (a *app) write(w http.ResponseWriter, r *http.Request, id string) {
 		row
 		ReplaySrc string `json:"replay_src"`
 	}{written, r.Header.Get("Fly-Replay-Src")}, nil)
+}
+
+// keep sets a key (PUT) or adds to it (anything else). There is no unique constraint here either.
+func (a *app) keep(w http.ResponseWriter, r *http.Request, key string) {
+	value, err := io.ReadAll(http.MaxBytesReader(w, r.Body, 64<<10))
+	if err != nil {
+		answer(w, http.StatusBadRequest, nil, fmt.Errorf("read the body: %w", err))
+		return
+	}
+	if err := a.put(key, string(value), r.Method == http.MethodPut); err != nil {
+		answer(w, http.StatusInternalServerError, nil, err)
+		return
+	}
+	if linger, err := time.ParseDuration(r.URL.Query().Get("linger")); err == nil {
+		time.Sleep(linger)
+	}
+	answer(w, http.StatusCreated, map[string]any{"node": a.node, "key": key}, nil)
+}
+
+func (a *app) put(key, value string, replace bool) error {
+	tx, err := a.writer.Begin()
+	if err != nil {
+		return fmt.Errorf("begin: %w", err)
+	}
+	defer tx.Rollback() // does nothing after Commit
+	if replace {
+		if _, err := tx.Exec(`DELETE FROM kv WHERE key = ?`, key); err != nil {
+			return fmt.Errorf("delete: %w", err)
+		}
+	}
+	if _, err := tx.Exec(`INSERT INTO kv (key, value) VALUES (?, ?)`, key, value); err != nil {
+		return fmt.Errorf("insert: %w", err)
+	}
+	return tx.Commit()
+}
+
+func (a *app) values(key string) ([]string, error) {
+	found, err := a.reader.Query(`SELECT value FROM kv WHERE key = ? ORDER BY rowid`, key)
+	if err != nil {
+		return nil, err
+	}
+	defer found.Close()
+	values := []string{}
+	for found.Next() {
+		var value string
+		if err := found.Scan(&value); err != nil {
+			return nil, err
+		}
+		values = append(values, value)
+	}
+	return values, found.Err()
 }
 
 func (a *app) rows(query string, arguments ...any) ([]row, error) {

@@ -1,0 +1,311 @@
+//! The judge finds what is wrong with a deployment, and nothing where nothing is.
+
+use std::{net::SocketAddr, process::Command, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt as _, Full};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::TokioIo;
+use litegate::{
+    app,
+    config::load,
+    testkit::{Bug, Cluster, Options, client},
+    verify::{
+        self, Carry, Run, Settings, Workload,
+        judge::{Breach, Verdict},
+        report::{self, Conclusion},
+    },
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Notify,
+    task::JoinSet,
+};
+
+use crate::gate::{self, Gate};
+
+const LITEFS: &str = r#"primary = { type = "litefs", poll = "100ms" }"#;
+
+fn settings(targets: &[SocketAddr]) -> Settings {
+    let target = |address: &SocketAddr| format!("http://{address}").parse().expect("a URL");
+    Settings {
+        targets: targets.iter().map(target).collect(),
+        host: None,
+        clients: 6,
+        carry: vec![Carry::Cookies],
+        duration: Duration::from_secs(20),
+        rate: 0,
+        workload: Workload::Both,
+        keys: 2,
+        append: "POST /kv/{key}".parse().expect("a template"),
+        set: "PUT /kv/{key}".parse().expect("a template"),
+        read: "GET /kv/{key}".parse().expect("a template"),
+        body: "{value}".into(),
+        content_type: "text/plain".into(),
+        timeout: Duration::from_secs(10),
+        settle: Duration::from_millis(500),
+        empty_is_success: false,
+        run: fastrand::u32(..),
+    }
+}
+
+/// A first transaction on every node: LiteFS lets reads of a database that a node does not have
+/// yet through at once, whatever their cookie wants.
+async fn seed(cluster: &Cluster) {
+    let primary = cluster.places()[0].proxy;
+    let first = client::request(primary, "POST", "/kv/first", "", b"x").await;
+    assert_eq!(first.expect("the primary answers").status, 200);
+    cluster.settled().await;
+}
+
+/// Runs until the story is told: it hears how far the run is and says when it may end.
+async fn run(settings: Settings, mut is_over: impl FnMut(&Verdict) -> bool) -> Run {
+    let over = Arc::new(Notify::new());
+    let stop = Arc::clone(&over);
+    let progress = |_, verdict: &Verdict| {
+        if is_over(verdict) {
+            over.notify_one();
+        }
+    };
+    let run = verify::run(settings, async move { stop.notified().await }, progress).await;
+    run.unwrap_or_else(|error| panic!("it could not judge: {error}"))
+}
+
+fn is_kept(run: &Run) -> bool {
+    Conclusion::of(&run.verdict, &[]) == Conclusion::Kept
+}
+
+/// A method router as it is usually written: writes go to pod 0, reads to all pods in turn.
+struct Router {
+    address: SocketAddr,
+    _tasks: JoinSet<()>,
+}
+
+impl Router {
+    async fn before(cluster: &Cluster) -> Self {
+        let pods: Arc<[SocketAddr]> = cluster.places().iter().map(|place| place.proxy).collect();
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+        let address = listener.local_addr().expect("it is bound");
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            for turn in 0.. {
+                let Ok((stream, _)) = listener.accept().await else { return };
+                let pods = Arc::clone(&pods);
+                let service = service_fn(move |request: Request<Incoming>| {
+                    let is_read = request.method() == "GET";
+                    let pod = if is_read { pods[turn % pods.len()] } else { pods[0] };
+                    forward(pod, request)
+                });
+                connections.spawn(
+                    hyper::server::conn::http1::Builder::new()
+                        .serve_connection(TokioIo::new(stream), service),
+                );
+            }
+        });
+        Self { address, _tasks: tasks }
+    }
+}
+
+async fn forward(
+    pod: SocketAddr,
+    request: Request<Incoming>,
+) -> hyper::Result<Response<Full<Bytes>>> {
+    let exchange = async {
+        let stream = TcpStream::connect(pod).await?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        // It drops the sender at its end, and with it the connection.
+        let answer = async move {
+            let (head, body) = sender.send_request(request).await?.into_parts();
+            let body = body.collect().await?.to_bytes();
+            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(Response::from_parts(head, body))
+        };
+        let (answer, ()) = tokio::join!(answer, async {
+            let _ = connection.await;
+        });
+        answer
+    };
+    let answer = exchange.await.unwrap_or_else(|_| {
+        let mut answer = Response::new(Bytes::from("Bad Gateway"));
+        *answer.status_mut() = http::StatusCode::BAD_GATEWAY;
+        answer
+    });
+    Ok(answer.map(Full::new))
+}
+
+/// Two litegates in turn, with nothing shared, while the role moves from node to node.
+#[tokio::test]
+async fn litegate_keeps_its_word_while_the_role_moves() {
+    let gate = Gate::start().await;
+    seed(&gate.cluster).await;
+    let config = load::parse("second.toml", &gate::config(&gate.cluster, LITEFS), []);
+    let second = app::start(config.unwrap_or_else(|faults| panic!("{faults}")));
+    let second = second.expect("litegate starts");
+    let (mut moves, mut due) = (0, 100);
+    let run = run(settings(&[gate.address(), second.listeners[0]]), |verdict| {
+        if verdict.counts.acknowledged < due {
+            return false;
+        }
+        due = verdict.counts.acknowledged + 100;
+        moves += 1;
+        gate.cluster.promote(moves % 3);
+        moves == 6
+    })
+    .await;
+    second.stop();
+    second.join();
+    let verdict = &run.verdict;
+    assert!(is_kept(&run), "{}", report::text(&run, &[]));
+    assert!(verdict.counts.acknowledged >= 600, "{:?}", verdict.counts);
+    assert_eq!(verdict.counts.failed_reads, 0, "{:?}", verdict.counts);
+    for node in ["app-0", "app-1", "app-2"] {
+        assert!(verdict.counts.nodes.contains_key(node), "{:?}", verdict.counts.nodes);
+    }
+}
+
+/// Writes to pod 0 whoever is primary: what an ingress with a method rule does.
+#[tokio::test]
+async fn method_routing_breaks_its_word_in_a_failover() {
+    let cluster = Cluster::start(Options::default()).await.expect("loopback has ports");
+    seed(&cluster).await;
+    let router = Router::before(&cluster).await;
+    let before = run(settings(&[router.address]), |v| v.counts.acknowledged >= 100).await;
+    assert!(is_kept(&before), "{}", report::text(&before, &[]));
+    let after = run(settings(&[router.address]), |verdict| {
+        if verdict.counts.acknowledged >= 100 && cluster.primary() == Some(0) {
+            cluster.promote(1);
+        }
+        verdict.count(Breach::Leaked) >= 20
+    })
+    .await;
+    let verdict = &after.verdict;
+    assert!(verdict.count(Breach::Leaked) >= 20 && verdict.count(Breach::Empty) >= 20);
+    assert_eq!(Conclusion::of(verdict, &[]), Conclusion::Violated);
+    let text = report::text(&after, &[]);
+    assert!(text.contains("with fly-replay"), "{text}");
+}
+
+/// Runs against a cluster that is broken in this way, with litegate before it.
+async fn broken(bug: Bug, breach: Breach) -> Run {
+    let gate = Gate::start().await;
+    seed(&gate.cluster).await;
+    gate.cluster.bug(Some(bug));
+    run(settings(&[gate.address()]), |verdict| {
+        let is_enough = verdict.counts.acknowledged + verdict.counts.ambiguous >= 300;
+        // What is lost shows at the end.
+        verdict.count(breach) > 0 || (is_enough && breach == Breach::Lost)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn every_seeded_bug_is_found() {
+    let bugs = [
+        (Bug::Twice, Breach::Repeated),
+        (Bug::Dropped, Breach::Lost),
+        (Bug::Stale, Breach::Stale),
+        (Bug::Backwards, Breach::NonMonotonic),
+        (Bug::Resurrected, Breach::Stale),
+        (Bug::Invented, Breach::Phantom),
+        (Bug::Silent, Breach::Empty),
+    ];
+    let runs = bugs.map(|(bug, breach)| async move {
+        let run = broken(bug, breach).await;
+        let text = report::text(&run, &[]);
+        assert!(run.verdict.count(breach) > 0, "{bug:?} is not found:\n{text}");
+        assert_eq!(Conclusion::of(&run.verdict, &[]), Conclusion::Violated);
+        let first = run.verdict.violations.first().expect("one is kept");
+        assert!(!first.trace.is_empty(), "{bug:?} has no trace:\n{text}");
+    });
+    futures_util::future::join_all(runs).await;
+}
+
+/// A replica that takes a write itself, reached by spreading requests over all nodes.
+#[tokio::test]
+async fn a_write_that_a_replica_kept_to_itself_is_found() {
+    let cluster = Cluster::start(Options::default()).await.expect("loopback has ports");
+    cluster.bug(Some(Bug::Local));
+    let all: Vec<SocketAddr> = cluster.places().iter().map(|place| place.proxy).collect();
+    let run = run(settings(&all), |verdict| verdict.counts.acknowledged >= 300).await;
+    assert!(run.verdict.count(Breach::Lost) > 0, "{}", report::text(&run, &[]));
+}
+
+/// A lease that moves without a hand-over: no proxy can save what the old primary had not sent.
+#[tokio::test]
+async fn what_a_lossy_failover_lost_is_found() {
+    let slow = Options {
+        replication: Duration::from_millis(50),
+        txid_wait: Duration::from_millis(200),
+        ..Options::default()
+    };
+    let gate = Gate::with(slow, LITEFS).await;
+    seed(&gate.cluster).await;
+    let run =
+        run(Settings { settle: Duration::from_secs(1), ..settings(&[gate.address()]) }, |v| {
+            let is_time = v.counts.acknowledged >= 100;
+            if is_time && gate.cluster.primary() == Some(0) {
+                gate.cluster.seize(1);
+                return false;
+            }
+            is_time
+        })
+        .await;
+    assert!(run.verdict.count(Breach::Lost) > 0, "{}", report::text(&run, &[]));
+    assert_eq!(run.verdict.count(Breach::Repeated), 0, "{}", report::text(&run, &[]));
+}
+
+/// Runs the program.
+async fn verify(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_litegate"));
+    command.arg("verify").args(arguments);
+    let output = tokio::task::spawn_blocking(move || command.output());
+    let output = output.await.expect("it runs").expect("it runs");
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[tokio::test]
+async fn the_command_tells_by_its_exit_code_and_its_report() {
+    let cluster = Cluster::start(Options::default()).await.expect("loopback has ports");
+    let url = format!("http://{}", cluster.places()[0].proxy);
+    let short = ["--duration", "300ms", "--rate", "0", "--settle", "300ms", "--clients", "3"];
+    let with = |more: &[&'static str]| [&[&*url], &short[..], more].concat();
+
+    let (code, out, err) = verify(&with(&["--report", "-", "--workload", "append"])).await;
+    assert_eq!(code, Some(0), "{out}{err}");
+    let json: serde_json::Value = serde_json::from_str(&out).expect("the report is JSON");
+    assert_eq!((&json["conclusion"], &json["version"]), (&"kept".into(), &1.into()));
+    assert!(json["writes"]["acknowledged"].as_u64() > Some(0));
+    assert!(err.contains("kept"), "{err}");
+
+    cluster.bug(Some(Bug::Twice));
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("report.json");
+    let file = file.to_str().expect("UTF-8");
+    let (code, out, err) = verify(&[&with(&[])[..], &["--report", file]].concat()).await;
+    assert_eq!(code, Some(1), "{out}{err}");
+    assert!(out.contains("VIOLATED") && out.contains("more than once"), "{out}");
+    let json = std::fs::read(file).expect("a report");
+    let json: serde_json::Value = serde_json::from_slice(&json).expect("the report is JSON");
+    assert_eq!(json["violations"][0]["breach"], "repeated");
+    assert!(!json["violations"][0]["trace"].as_array().expect("a list").is_empty());
+    let (code, out, _) = verify(&with(&["--allow", "repeated"])).await;
+    assert_eq!(code, Some(0), "{out}");
+    cluster.bug(None);
+
+    let (code, _, err) = verify(&with(&["--append", "POST /nowhere/{key}"])).await;
+    assert_eq!(code, Some(2), "{err}");
+    assert!(err.contains("404") && err.contains("--append"), "{err}");
+    let (code, _, err) = verify(&with(&["--read", "GET /whoami/{key}"])).await;
+    assert_eq!(code, Some(2), "{err}");
+    assert!(err.contains("--read"), "{err}");
+    cluster.kill(0);
+    let (code, _, err) = verify(&["http://127.0.0.1:1", "--duration", "1s"]).await;
+    assert_eq!(code, Some(2), "{err}");
+    assert!(err.contains("refused"), "{err}");
+    let (code, _, err) = verify(&["https://a.example"]).await;
+    assert_eq!(code, Some(2), "{err}");
+    assert!(err.contains("TLS"), "{err}");
+}
