@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Before anything is counted: connections are opened and pools are filled.
-const WARM_UP: Duration = Duration::from_millis(300);
+const WARM_UP: Duration = Duration::from_millis(200);
 /// How long an answer may take before it counts as an error.
 const PATIENCE: Duration = Duration::from_secs(5);
 

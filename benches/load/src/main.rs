@@ -110,7 +110,7 @@ fn run(options: &Options) -> Result<u64, Failure> {
         machine::processor()
     ));
     machine::pin(cores.load)?;
-    machine::raise_descriptors(2 * IDLE_CONNECTIONS as u64)?;
+    machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
 
     let upstream = Upstream::start(cores.load, &workload::sizes())?;
     let start = |(contender, program): &(&Contender, PathBuf)| {
@@ -122,10 +122,9 @@ fn run(options: &Options) -> Result<u64, Failure> {
     }
     drop(running);
     if !options.no_memory {
-        for program in &programs {
-            // A process that has served thousands a second keeps memory that new connections reuse.
-            results.memory.push(rest(&start(program)?)?);
-        }
+        // Fresh ones: after thousands of requests a second, memory is left that others reuse.
+        let fresh = programs.iter().map(start).collect::<Result<Vec<_>, _>>()?;
+        results.memory = rest(&fresh)?;
     }
 
     let page = results.markdown(PEER);
@@ -253,26 +252,31 @@ fn measure(
     Ok(Section { title: workload.title, alone, rate, rows })
 }
 
-/// What connections at rest cost a fresh process.
-fn rest(proxy: &Running) -> Result<Memory, Failure> {
+/// What connections at rest cost fresh processes.
+fn rest(running: &[Running]) -> Result<Vec<Memory>, Failure> {
     let request = WORKLOADS.first().map(Workload::request).unwrap_or_default();
-    // The first ones make the process allocate what it needs once.
-    let before = {
-        let _first = generator::idle(proxy.address, 8, &request)?;
-        proxy.tree()?.resident()?
-    };
-    let connections = generator::idle(proxy.address, IDLE_CONNECTIONS, &request)?;
-    let at_once = proxy.tree()?.resident()?;
+    let mut open = Vec::new();
+    let mut found = Vec::new();
+    for proxy in running {
+        let before = {
+            // The first ones make the process allocate what it needs once.
+            let _first = generator::idle(proxy.address, 8, &request)?;
+            proxy.tree()?.resident()?
+        };
+        let connections = generator::idle(proxy.address, IDLE_CONNECTIONS, &request)?;
+        let at_once = proxy.tree()?.resident()?;
+        let (name, quiet, later) = (proxy.name, QUIET, at_once);
+        found.push(Memory { name, connections: connections.len(), before, at_once, later, quiet });
+        open.push(connections);
+    }
     // Quiet is what is measured here.
     std::thread::sleep(QUIET);
-    let later = proxy.tree()?.resident()?;
-    eprintln!("idle: {} {before} KiB, {at_once} KiB, {later} KiB", proxy.name);
-    Ok(Memory {
-        name: proxy.name,
-        connections: connections.len(),
-        before,
-        at_once,
-        later,
-        quiet: QUIET,
-    })
+    for (proxy, memory) in running.iter().zip(&mut found) {
+        memory.later = proxy.tree()?.resident()?;
+        eprintln!(
+            "idle: {} {} KiB, {} KiB, {} KiB",
+            memory.name, memory.before, memory.at_once, memory.later
+        );
+    }
+    Ok(found)
 }

@@ -109,6 +109,10 @@ impl Row {
         Spread::of(self.saturations.iter().map(Saturation::speed))
     }
 
+    fn busy(&self) -> f64 {
+        Spread::of(self.saturations.iter().map(Saturation::busy)).map_or(0.0, |busy| busy.median)
+    }
+
     fn errors(&self) -> u64 {
         self.saturations.iter().map(|round| round.errors).sum::<u64>()
             + self.latencies.iter().map(|round| round.errors).sum::<u64>()
@@ -125,6 +129,8 @@ impl Section {
 
 const PERCENTILES: [(&str, f64); 4] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999)];
 
+/// How much of its core a proxy uses when it is what limits the requests, in percent.
+const SATURATED: f64 = 90.0;
 /// What the upstream alone must serve, as a multiple of the fastest proxy.
 const RESERVE: f64 = 2.0;
 
@@ -145,8 +151,8 @@ impl Results {
             "\nEach figure is the median of all rounds, with the least and the greatest; `×` is the \
              ratio of a median to {peer}'s.\n\n\
              **CPU** is what counts: user and system time of the proxy's processes, in microseconds \
-             per request, while all clients ask as fast as they are answered. Requests per second \
-             are the proxy's where it is nearly 100 % busy, and else those of the load's core."
+             per request, while all clients ask as fast as they are answered. **Busy** is how much \
+             of its core that was: below 90 %, the proxy was not what limited the requests."
         );
         for section in &self.sections {
             section.write(&mut page, peer);
@@ -195,7 +201,6 @@ impl Section {
         let peer = self.rows.iter().find(|row| row.name == peer);
         for row in &self.rows {
             let (Some(cost), Some(speed)) = (row.cost(), row.speed()) else { continue };
-            let busy = Spread::of(row.saturations.iter().map(Saturation::busy));
             let _ = writeln!(
                 page,
                 "| {} | {} | {} | {} | {} | {:.0} |",
@@ -204,7 +209,15 @@ impl Section {
                 ratio(cost.median, peer.and_then(Row::cost).map(|cost| cost.median)),
                 speed.show(0),
                 ratio(speed.median, peer.and_then(Row::speed).map(|speed| speed.median)),
-                busy.map_or(0.0, |busy| busy.median),
+                row.busy(),
+            );
+        }
+        for row in self.rows.iter().filter(|row| row.busy() < SATURATED) {
+            let _ = writeln!(
+                page,
+                "\n**{} was not saturated**: somebody else used one of the cores, and an idle proxy \
+                 wakes up for fewer requests at a time. Measure again.",
+                row.name
             );
         }
         if let Some(reserve) = self.reserve() {
@@ -297,8 +310,18 @@ mod tests {
         let line =
             "| litegate | 25.0 (25.0 to 25.0) | 1.25 | 40000 (40000 to 40000) | 0.80 | 100 |";
         assert!(page.contains(line), "{page}");
+        assert!(!page.contains("not saturated"), "{page}");
         assert!(page.contains("1.8 times the fastest proxy (**too little**"), "{page}");
         assert!(page.contains("without the right answer: 2"), "{page}");
+    }
+
+    #[test]
+    fn a_proxy_with_time_to_spare_is_named() {
+        let mut idle = row("litegate", 40_000, 0);
+        idle.saturations[0].elapsed *= 2;
+        let section = Section { title: "GET", alone: 90_000.0, rate: None, rows: vec![idle] };
+        let page = Results { sections: vec![section], ..Results::default() }.markdown("haproxy");
+        assert!(page.contains("**litegate was not saturated**"), "{page}");
     }
 
     #[test]
