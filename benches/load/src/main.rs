@@ -1,0 +1,282 @@
+//! litegate, nginx and HAProxy side by side under the same load: `docs/benchmarks.md`.
+//!
+//! Each proxy has one core and one worker; this process, which is the clients and the upstream,
+//! has another. The proxies take turns, round by round, so that a noisy minute hits all of them.
+#![expect(clippy::disallowed_methods, reason = "a bench measures with the real clock")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "its output is what it is for")]
+
+mod contender;
+mod generator;
+mod machine;
+mod message;
+mod report;
+mod upstream;
+mod workload;
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+    time::Duration,
+};
+
+use clap::Parser;
+
+use contender::{CONTENDERS, Contender, PEER, Running};
+use generator::Clients;
+use machine::Cores;
+use report::{Memory, Results, Row, Section};
+use upstream::Upstream;
+use workload::{WORKLOADS, Workload};
+
+/// Anything that keeps the bench from measuring; said once, by `main`.
+pub(crate) type Failure = Box<dyn std::error::Error>;
+
+/// litegate's own directory: the bench runs from anywhere in it.
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+const RESULTS: &str = "benches/load/RESULTS.md";
+/// The fewest rounds of which a median is worth committing.
+const ROUNDS: usize = 5;
+const IDLE_CONNECTIONS: usize = 3_000;
+/// litegate takes a connection's machinery down after a second of quiet, checked once a second.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// Measures litegate beside nginx and HAProxy under the same load.
+///
+/// A whole run (no option that leaves something out) writes benches/load/RESULTS.md; every run
+/// prints its results.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Rounds of each proxy
+    #[arg(long, default_value_t = ROUNDS)]
+    rounds: usize,
+    /// Length of a round
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Only these workloads: get, post-1k, get-64k, post-64k
+    #[arg(long, value_delimiter = ',')]
+    workload: Vec<String>,
+    /// Only these proxies: litegate, nginx, haproxy
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Leave out the latencies at a fixed rate
+    #[arg(long)]
+    no_latency: bool,
+    /// Leave out the memory of idle connections
+    #[arg(long)]
+    no_memory: bool,
+    /// A litegate that is already built
+    #[arg(long)]
+    litegate: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(errors) => {
+            eprintln!("load: {errors} requests got no answer, or a wrong one");
+            ExitCode::FAILURE
+        }
+        Err(failure) => {
+            eprintln!("load: {failure}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Returns the number of errors.
+fn run(options: &Options) -> Result<u64, Failure> {
+    if cfg!(debug_assertions) {
+        return Err(
+            "an unoptimised build measures itself: `cargo run --release -p litegate-load`".into()
+        );
+    }
+    let workloads = chosen(WORKLOADS, |workload| workload.name, &options.workload)?;
+    let contenders = chosen(CONTENDERS, |contender| contender.name, &options.only)?;
+    let litegate = match &options.litegate {
+        Some(path) => path.canonicalize()?,
+        None => build()?,
+    };
+    let programs: Vec<(&Contender, PathBuf)> = contenders
+        .into_iter()
+        .map(|contender| Ok((contender, contender.program(&litegate)?)))
+        .collect::<Result<_, Failure>>()?;
+
+    let mut results = Results { header: header(options, &programs)?, ..Results::default() };
+    let cores = Cores::find()?;
+    results.header.push(format!(
+        "the proxies on core {}, clients and upstream on core {}, of {}",
+        cores.proxy.0,
+        cores.load.0,
+        machine::processor()
+    ));
+    machine::pin(cores.load)?;
+    machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
+
+    let upstream = Upstream::start(cores.load, &workload::sizes())?;
+    let start = |(contender, program): &(&Contender, PathBuf)| {
+        contender.start(program, upstream.address, cores)
+    };
+    let running = programs.iter().map(start).collect::<Result<Vec<_>, _>>()?;
+    for workload in workloads {
+        results.sections.push(measure(workload, &running, &upstream, cores, options)?);
+    }
+    drop(running);
+    if !options.no_memory {
+        // Fresh ones: after thousands of requests a second, memory is left that others reuse.
+        let fresh = programs.iter().map(start).collect::<Result<Vec<_>, _>>()?;
+        results.memory = rest(&fresh)?;
+    }
+
+    let page = results.markdown(PEER);
+    println!("{page}");
+    if is_whole(options) {
+        std::fs::write(Path::new(ROOT).join(RESULTS), page)?;
+        eprintln!("written to {RESULTS}");
+    } else {
+        eprintln!("not written to {RESULTS}: this was not a whole run");
+    }
+    Ok(results.errors())
+}
+
+/// Those that were named, or all of them.
+fn chosen<T>(
+    all: &'static [T],
+    name: impl Fn(&T) -> &'static str,
+    wanted: &[String],
+) -> Result<Vec<&'static T>, Failure> {
+    if let Some(unknown) = wanted.iter().find(|wanted| all.iter().all(|one| name(one) != *wanted)) {
+        let known: Vec<_> = all.iter().map(name).collect();
+        return Err(format!("there is no `{unknown}`, only {}", known.join(", ")).into());
+    }
+    let is_wanted = |one: &&T| wanted.is_empty() || wanted.iter().any(|wanted| wanted == name(one));
+    Ok(all.iter().filter(is_wanted).collect())
+}
+
+/// Whether the run is worth committing.
+fn is_whole(options: &Options) -> bool {
+    let everything = options.workload.is_empty() && options.only.is_empty();
+    everything
+        && !options.no_latency
+        && !options.no_memory
+        && options.rounds >= ROUNDS
+        && options.seconds >= 1.0
+}
+
+/// Builds litegate as it is released, whatever this bench was built with.
+fn build() -> Result<PathBuf, Failure> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["build", "--release", "--package", "litegate", "--bin", "litegate"])
+        .current_dir(ROOT)
+        .status()?;
+    if !status.success() {
+        return Err("litegate does not build".into());
+    }
+    // Beside this program, which cargo has built in release mode too.
+    let path = std::env::current_exe()?.with_file_name("litegate");
+    Ok(path.canonicalize().map_err(|error| format!("{}: {error}", path.display()))?)
+}
+
+fn header(options: &Options, programs: &[(&Contender, PathBuf)]) -> Result<Vec<String>, Failure> {
+    let mut lines = vec![
+        "`cargo run --release -p litegate-load` (see [docs/benchmarks.md](../../docs/benchmarks.md))"
+            .to_owned(),
+    ];
+    for (contender, program) in programs {
+        let (version, file) = (contender.version(program)?, contender.file);
+        lines.push(format!("{version}, with [proxies/{file}](proxies/{file})"));
+    }
+    lines.push(format!(
+        "{} rounds of {} s, interleaved; {}",
+        options.rounds,
+        options.seconds,
+        machine::kernel()
+    ));
+    Ok(lines)
+}
+
+/// One workload: saturation, then latency, each in interleaved rounds.
+fn measure(
+    workload: &'static Workload,
+    running: &[Running],
+    upstream: &Upstream,
+    cores: Cores,
+    options: &Options,
+) -> Result<Section, Failure> {
+    let span = Duration::try_from_secs_f64(options.seconds)?;
+    // From the proxies' core, so that the upstream has its own for itself, as a proxy has.
+    machine::pin(cores.proxy)?;
+    let alone = Clients::connect(upstream.address, workload)
+        .and_then(|mut clients| clients.saturate(span, || Ok(Duration::ZERO)));
+    machine::pin(cores.load)?;
+    let alone = alone?.speed();
+    eprintln!("{}: the upstream alone {alone:.0}/s", workload.name);
+
+    let row =
+        |proxy: &Running| Row { name: proxy.name, saturations: Vec::new(), latencies: Vec::new() };
+    let mut rows: Vec<Row> = running.iter().map(row).collect();
+    for round in 1..=options.rounds {
+        for (proxy, row) in running.iter().zip(&mut rows) {
+            let tree = proxy.tree()?;
+            let found = Clients::connect(proxy.address, workload)
+                .and_then(|mut clients| clients.saturate(span, || tree.cpu()))
+                .map_err(|failure| format!("{}, {}: {failure}", workload.name, proxy.name))?;
+            eprintln!(
+                "{} {round}: {} {:.2} µs, {:.0}/s, {:.0} % busy, {} errors",
+                workload.name,
+                proxy.name,
+                found.cost(),
+                found.speed(),
+                found.busy(),
+                found.errors
+            );
+            row.saturations.push(found);
+        }
+    }
+    let rate = workload.rate.filter(|_| !options.no_latency);
+    for round in 1..=rate.map_or(0, |_| options.rounds) {
+        for (proxy, row) in running.iter().zip(&mut rows) {
+            let found =
+                Clients::connect(proxy.address, workload)?.pace(rate.unwrap_or_default(), span)?;
+            eprintln!(
+                "{} {round}: {} p50 {:.0} µs, p99 {:.0} µs, {} errors",
+                workload.name,
+                proxy.name,
+                found.percentile(0.5).unwrap_or_default(),
+                found.percentile(0.99).unwrap_or_default(),
+                found.errors
+            );
+            row.latencies.push(found);
+        }
+    }
+    Ok(Section { title: workload.title, alone, rate, rows })
+}
+
+/// What connections at rest cost fresh processes.
+fn rest(running: &[Running]) -> Result<Vec<Memory>, Failure> {
+    let request = WORKLOADS.first().map(Workload::request).unwrap_or_default();
+    let mut open = Vec::new();
+    let mut found = Vec::new();
+    for proxy in running {
+        let before = {
+            // The first ones make the process allocate what it needs once.
+            let _first = generator::idle(proxy.address, 8, &request)?;
+            proxy.tree()?.resident()?
+        };
+        let connections = generator::idle(proxy.address, IDLE_CONNECTIONS, &request)?;
+        let at_once = proxy.tree()?.resident()?;
+        let (name, quiet, later) = (proxy.name, QUIET, at_once);
+        found.push(Memory { name, connections: connections.len(), before, at_once, later, quiet });
+        open.push(connections);
+    }
+    // Quiet is what is measured here.
+    std::thread::sleep(QUIET);
+    for (proxy, memory) in running.iter().zip(&mut found) {
+        memory.later = proxy.tree()?.resident()?;
+        eprintln!(
+            "idle: {} {} KiB, {} KiB, {} KiB",
+            memory.name, memory.before, memory.at_once, memory.later
+        );
+    }
+    Ok(found)
+}

@@ -1,0 +1,218 @@
+//! The node behind the proxies: cheaper than any of them, so that it is never what is measured.
+//!
+//! One thread on epoll. It looks for the end of a head, skips the body by `Content-Length`, and
+//! answers with bytes made before the first request: two system calls per request.
+
+use std::{
+    io::{ErrorKind, Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+};
+
+use rustix::{
+    event::{Timespec, epoll},
+    fd::OwnedFd,
+};
+
+use crate::{
+    Failure,
+    machine::{self, Core},
+    message::{Fault, Reader, number},
+};
+
+/// Where the head of the request comes back as the body: shows what a proxy makes of it.
+pub(crate) const ECHO: &str = "/head";
+
+/// A running upstream; dropping it stops it.
+pub(crate) struct Upstream {
+    pub(crate) address: SocketAddr,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Upstream {
+    /// Answers `/<n>` with a body of `n` bytes, for each of `sizes`.
+    pub(crate) fn start(core: Core, sizes: &[usize]) -> Result<Self, Failure> {
+        let listener = TcpListener::bind(("127.0.0.1", 0))?;
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut serving = Serving {
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            connections: Vec::new(),
+            answers: sizes.iter().map(|&size| (size, response(&vec![b'x'; size]))).collect(),
+            buffer: vec![0; 256 * 1024],
+        };
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::Builder::new().name("upstream".into()).spawn(move || {
+            if let Err(failure) = machine::pin(core).and_then(|()| serving.run(&listener, &stopped))
+            {
+                eprintln!("the upstream has stopped: {failure}");
+            }
+        })?;
+        Ok(Self { address, stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What an app behind a proxy would send, `Date` and all.
+fn response(body: &[u8]) -> Vec<u8> {
+    let mut response = format!(
+        "HTTP/1.1 200 OK\r\nServer: upstream\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\n\
+         Content-Type: text/plain\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    )
+    .into_bytes();
+    response.extend_from_slice(body);
+    response
+}
+
+struct Serving {
+    epoll: OwnedFd,
+    /// By the key that epoll hands back.
+    connections: Vec<Option<Connection>>,
+    answers: Vec<(usize, Vec<u8>)>,
+    buffer: Vec<u8>,
+}
+
+struct Connection {
+    stream: TcpStream,
+    reader: Reader,
+    /// To the request being read or answered.
+    answer: Answer,
+    /// How much of the answer the socket has taken; `None` while the request is being read.
+    sent: Option<usize>,
+}
+
+enum Answer {
+    /// One of those made beforehand.
+    Made(usize),
+    Echo(Vec<u8>),
+}
+
+const LISTENER: u64 = u64::MAX;
+const AWAKE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+
+impl Serving {
+    fn run(&mut self, listener: &TcpListener, stop: &AtomicBool) -> Result<(), Failure> {
+        let interest = epoll::EventFlags::IN;
+        epoll::add(&self.epoll, listener, epoll::EventData::new_u64(LISTENER), interest)?;
+        let mut events = Vec::with_capacity(256);
+        while !stop.load(Ordering::Relaxed) {
+            machine::wait(&self.epoll, &mut events, Some(&AWAKE))?;
+            for event in events.drain(..) {
+                match event.data.u64() {
+                    LISTENER => self.accept(listener)?,
+                    key => self.serve(usize::try_from(key).unwrap_or(usize::MAX))?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn accept(&mut self, listener: &TcpListener) -> Result<(), Failure> {
+        loop {
+            let stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            stream.set_nonblocking(true)?;
+            stream.set_nodelay(true)?;
+            let free = self.connections.iter().position(Option::is_none);
+            let key = free.unwrap_or(self.connections.len());
+            let data = epoll::EventData::new_u64(key as u64);
+            epoll::add(&self.epoll, &stream, data, epoll::EventFlags::IN)?;
+            let connection = Some(Connection {
+                stream,
+                reader: Reader::default(),
+                answer: Answer::Echo(Vec::new()),
+                sent: None,
+            });
+            match self.connections.get_mut(key) {
+                Some(place) => *place = connection,
+                None => self.connections.push(connection),
+            }
+        }
+    }
+
+    fn serve(&mut self, key: usize) -> Result<(), Failure> {
+        let Some(place) = self.connections.get_mut(key) else { return Ok(()) };
+        let Some(connection) = place.as_mut() else { return Ok(()) };
+        let was_sending = connection.sent.is_some();
+        if !connection.turn(&mut self.buffer, &self.answers) {
+            // Closing the socket takes it out of epoll.
+            *place = None;
+            return Ok(());
+        }
+        let is_sending = connection.sent.is_some();
+        if was_sending != is_sending {
+            let interest = if is_sending { epoll::EventFlags::OUT } else { epoll::EventFlags::IN };
+            let data = epoll::EventData::new_u64(key as u64);
+            epoll::modify(&self.epoll, &connection.stream, data, interest)?;
+        }
+        Ok(())
+    }
+}
+
+impl Connection {
+    /// Does what can be done now; `false` when the connection is over.
+    fn turn(&mut self, buffer: &mut [u8], answers: &[(usize, Vec<u8>)]) -> bool {
+        if self.sent.is_some() {
+            return self.send(answers);
+        }
+        let read = match self.stream.read(buffer) {
+            Ok(0) => return false,
+            Ok(read) => read,
+            Err(error) => return error.kind() == ErrorKind::WouldBlock,
+        };
+        let Self { reader, answer, .. } = self;
+        let fed = reader.feed(buffer.get(..read).unwrap_or_default(), |head, _| {
+            let target = head.split(|byte| *byte == b' ').nth(1).unwrap_or_default();
+            *answer = if target == ECHO.as_bytes() {
+                Answer::Echo(response(head))
+            } else {
+                let size = number(target.get(1..).unwrap_or_default());
+                let made = answers.iter().position(|(of, _)| *of == size);
+                Answer::Made(made.ok_or(Fault::Refused)?)
+            };
+            Ok(())
+        });
+        match fed {
+            Ok(0) => true,
+            Ok(1) => {
+                self.sent = Some(0);
+                self.send(answers)
+            }
+            // Garbage, or a second request before the first has its answer: nobody here pipelines.
+            _ => false,
+        }
+    }
+
+    fn send(&mut self, answers: &[(usize, Vec<u8>)]) -> bool {
+        let bytes = match &self.answer {
+            Answer::Made(made) => answers.get(*made).map(|(_, bytes)| bytes),
+            Answer::Echo(bytes) => Some(bytes),
+        };
+        let bytes = bytes.map(Vec::as_slice).unwrap_or_default();
+        let sent = self.sent.unwrap_or_default();
+        match self.stream.write(bytes.get(sent..).unwrap_or_default()) {
+            Ok(more) if sent + more < bytes.len() => self.sent = Some(sent + more),
+            Ok(_) => self.sent = None,
+            Err(error) => return error.kind() == ErrorKind::WouldBlock,
+        }
+        true
+    }
+}
