@@ -282,7 +282,19 @@ pub enum OnRequest {
 
 /// Something that is not shown.
 #[derive(Clone, PartialEq)]
-pub struct Secret(pub Box<str>);
+pub struct Secret(Box<str>);
+
+impl Secret {
+    /// Keeps it.
+    pub fn new(text: &str) -> Self {
+        Self(text.into())
+    }
+
+    /// What it is.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
 
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -599,7 +599,7 @@ fn consistency(mut section: Section, primary: &[RoleSource]) -> Consistency {
         wait: section.duration("wait", secs(1)),
         affinity: section.duration("affinity", secs(2)),
         token_age: section.duration("token_age", secs(3600)),
-        key: section.text("key").map(|key| Secret(key.into())),
+        key: section.text("key").map(|key| Secret::new(&key)),
         cookie: section.boolean("cookie", true),
         txid_cookie: section.boolean("txid_cookie", true),
         on_request: section.word("on_request", &heeded, OnRequest::Any),

@@ -7,7 +7,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{config::cluster::Balance, topology::Node};
+use crate::{
+    config::cluster::Balance,
+    topology::{Node, position::Reach},
+};
 
 /// How a node is doing, as the calling worker sees it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -20,6 +23,10 @@ pub struct Load {
     pub full: bool,
     /// How many choices were made before, for round robin.
     pub turn: usize,
+    /// Whether it has what the client's token stands for. Reached where there is none.
+    pub reach: Reach,
+    /// How old its data may be, where the client asks for a limit.
+    pub age: Duration,
 }
 
 /// Latency that believes bad news at once and forgets it slowly.

@@ -1,5 +1,8 @@
 //! Which node, or that the request has to wait.
 //!
+//! A read whose client has a token goes to a node that has what the token stands for: one that has
+//! it now, else one that is waited for a little, else the primary.
+//!
 //! A write goes to the primary of the snapshot, a read to the cheapest node of the best tier that
 //! has one: fresh replicas, then the primary (where `reads` lets it), then replicas over the soft
 //! lag limit, then nodes of which nothing is known. Ejections are overlooked where they would
@@ -12,12 +15,12 @@ use std::time::{Duration, Instant};
 use smallvec::SmallVec;
 
 use super::{
-    Class, History, HoldFor, Problem, Request, Target, Wanted,
+    Class, Demands, History, HoldFor, Problem, Request, Target, Wanted,
     balance::{self, Candidate, Load},
 };
 use crate::{
     config::cluster::{Cluster, Prefer, Reads},
-    topology::{Freshness, Node, NodeId, Presence, Role, Topology},
+    topology::{Freshness, Node, NodeId, Presence, Role, Topology, position::Reach},
 };
 
 /// What the operator wants of choices.
@@ -77,6 +80,8 @@ pub enum Why {
     Replay,
     /// A trusted peer names it.
     Asked,
+    /// Only it has what the client's token stands for.
+    Token,
 }
 
 impl Why {
@@ -92,6 +97,7 @@ impl Why {
             Self::LastResort => "last-resort",
             Self::Replay => "replay",
             Self::Asked => "asked",
+            Self::Token => "token",
         }
     }
 }
@@ -112,7 +118,8 @@ pub fn choose(
     chance: u64,
     now: Instant,
 ) -> Result<Choice, Problem> {
-    let view = View { topology, history, rules, loads, chance, now };
+    let demands = request.demands;
+    let view = View { topology, history, rules, loads, chance, now, demands };
     if let Some(target) = history.target {
         return view.target(request, target);
     }
@@ -139,6 +146,7 @@ struct View<'a> {
     loads: &'a [Load],
     chance: u64,
     now: Instant,
+    demands: Demands,
 }
 
 impl View<'_> {
@@ -196,6 +204,37 @@ impl View<'_> {
         }
     }
 
+    /// Whether a node has what the client must be shown. The primary always has.
+    fn satisfies(&self, index: usize, node: &Node) -> bool {
+        if node.role == Role::Primary
+            || (!self.demands.position && self.demands.staleness.is_none())
+        {
+            return true;
+        }
+        let load = self.loads.get(index).copied().unwrap_or_default();
+        let is_there = !self.demands.position || load.reach == Reach::Reached;
+        is_there && self.demands.staleness.is_none_or(|most| load.age <= most)
+    }
+
+    /// Whether a replica that can serve may be there in a moment, and none is there yet.
+    fn is_worth_waiting(&self) -> bool {
+        let serves = |node: &Node| {
+            node.presence == Presence::Member
+                && node.role == Role::Replica
+                && node.is_healthy(self.now)
+                && node.freshness == Freshness::Fresh
+        };
+        let mut catching_up = false;
+        for (index, _) in self.topology.nodes.iter().enumerate().filter(|(_, n)| serves(n)) {
+            match self.loads.get(index).map(|load| load.reach) {
+                Some(Reach::Reached) => return false,
+                Some(Reach::NotYet) => catching_up = true,
+                Some(Reach::Diverged) | None => {}
+            }
+        }
+        catching_up
+    }
+
     fn reader(&self, reads: Reads) -> Result<Choice, Problem> {
         let all = reads == Reads::All;
         let primary_may = matches!(reads, Reads::PreferReplicas | Reads::All);
@@ -204,6 +243,12 @@ impl View<'_> {
         let (replica, primary, unknown) = (is(Role::Replica), is(Role::Primary), is(Role::Unknown));
         if reads == Reads::Primary {
             return Ok(self.primary(Why::PrimaryReads));
+        }
+        if self.demands.primary && !leaderless {
+            return Ok(self.primary(Why::Token));
+        }
+        if self.demands.position && !self.history.waited && !all && self.is_worth_waiting() {
+            return Ok(Choice::Hold(HoldFor::Position));
         }
         let well = |node: &Node| node.is_healthy(self.now);
         let fresh = |node: &Node| node.freshness == Freshness::Fresh;
@@ -233,6 +278,10 @@ impl View<'_> {
                 }
             }
         }
+        if self.demands.position || self.demands.staleness.is_some() {
+            // The primary has it, whoever serves reads otherwise, or will have it once there is one.
+            return Ok(self.primary(Why::Token));
+        }
         Err(Problem::NoReader)
     }
 
@@ -245,7 +294,7 @@ impl View<'_> {
         let mut candidates = SmallVec::<[Candidate<'_>; 8]>::new();
         let mut full = SmallVec::<[Candidate<'_>; 8]>::new();
         for (index, node) in self.topology.nodes.iter().enumerate() {
-            if node.presence != Presence::Member || !fits(node) {
+            if node.presence != Presence::Member || !fits(node) || !self.satisfies(index, node) {
                 continue;
             }
             let load = self.loads.get(index).copied().unwrap_or_default();
@@ -317,7 +366,13 @@ mod tests {
     }
 
     fn request(class: Class) -> Request {
-        Request { class, because: Because::Method, idempotent: false, wanted: Wanted::Any }
+        Request {
+            class,
+            because: Because::Method,
+            idempotent: false,
+            wanted: Wanted::Any,
+            demands: Demands::default(),
+        }
     }
 
     fn tried(nodes: &[NodeId]) -> History {

@@ -4,11 +4,16 @@
 //! unknown one are writes (RFC 9110 section 9.2.1). A route outranks the method, and a trusted
 //! peer outranks both where that can't send a write to a replica.
 
+use std::time::Duration;
+
 use http::{HeaderMap, HeaderName, Method};
 
-use super::{Because, Class, Problem, Request, Wanted, route::Head};
+use super::{Because, Class, Consistency, Demands, Problem, Request, Wanted, route::Head};
 use crate::{
-    config::route::{self, Route},
+    config::{
+        route::{self, Route},
+        units,
+    },
     topology::Topology,
 };
 
@@ -65,7 +70,13 @@ pub fn classify(
             }
         }
     }
-    Ok(Request { class, because, idempotent: route.idempotent, wanted })
+    Ok(Request {
+        class,
+        because,
+        idempotent: route.idempotent,
+        wanted,
+        demands: Demands::default(),
+    })
 }
 
 /// What Fly's routing headers ask for. What is forced and can't be had is refused, what is
@@ -96,6 +107,41 @@ fn in_flys_words(
         return Ok(Wanted::Prefer(node.id));
     }
     Ok(text(PREFER_REGION).and_then(region).unwrap_or_default())
+}
+
+/// A client's wish for one read: `any`, `session` or `primary`.
+pub const CONSISTENCY: HeaderName = HeaderName::from_static("litegate-consistency");
+/// A client's wish for one read: how old its data may be, like `250ms`.
+pub const MAX_STALENESS: HeaderName = HeaderName::from_static("litegate-max-staleness");
+
+/// What a client asks of a read itself.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Demanded {
+    /// [`CONSISTENCY`]
+    pub consistency: Consistency,
+    /// [`MAX_STALENESS`]
+    pub staleness: Option<Duration>,
+}
+
+/// Reads what a client asks for.
+///
+/// # Errors
+/// [`Problem::BadDemand`]: to overlook what can't be read would promise what is not kept.
+pub fn demanded(head: &HeaderMap) -> Result<Demanded, Problem> {
+    let mut demanded = Demanded::default();
+    if let Some(value) = head.get(&CONSISTENCY) {
+        demanded.consistency = match value.as_bytes() {
+            b"any" => Consistency::Any,
+            b"session" => Consistency::Session,
+            b"primary" => Consistency::Primary,
+            _ => return Err(Problem::BadDemand),
+        };
+    }
+    if let Some(value) = head.get(&MAX_STALENESS) {
+        let length = value.to_str().ok().and_then(|text| units::duration(text).ok());
+        demanded.staleness = Some(length.ok_or(Problem::BadDemand)?);
+    }
+    Ok(demanded)
 }
 
 /// Whether the registry calls a method safe. `PRI` is not a method that anybody may send.

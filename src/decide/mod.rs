@@ -51,6 +51,31 @@ pub struct Request {
     pub idempotent: bool,
     /// A trusted peer's wish.
     pub wanted: Wanted,
+    /// What a read's node has to be.
+    pub demands: Demands,
+}
+
+/// What a read's client must be shown.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Demands {
+    /// The position of its token.
+    pub position: bool,
+    /// The primary's word, where there is a primary: it wrote a moment ago.
+    pub primary: bool,
+    /// Nothing older than this (`Litegate-Max-Staleness`).
+    pub staleness: Option<Duration>,
+}
+
+/// What a client asks of a read itself (`Litegate-Consistency`).
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Consistency {
+    /// Whatever is there.
+    Any,
+    /// Its own writes.
+    #[default]
+    Session,
+    /// Everybody's writes.
+    Primary,
 }
 
 /// Why a request is a read or a write.
@@ -97,6 +122,8 @@ pub struct History {
     pub fell_back: bool,
     /// Pauses so far: each is longer than the one before.
     pub pauses: u32,
+    /// A replica was waited for, and did not get there.
+    pub waited: bool,
     /// What a hold that expires now is answered with, if it is not for want of a primary.
     pub expired: Option<Problem>,
 }
@@ -186,6 +213,8 @@ pub enum HoldFor {
     Primary,
     /// Nobody can be asked right now; at most this long, then choose again.
     Pause(Duration),
+    /// A replica that reaches the position of the client's token.
+    Position,
 }
 
 impl FailureKind {

@@ -300,7 +300,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        decide::{Attempt, Because, Cause, Wanted},
+        decide::{Attempt, Because, Cause, Demands, Wanted},
         topology::{Freshness, Node, Presence, Role, eject},
     };
 
@@ -319,7 +319,13 @@ mod tests {
     }
 
     fn request(class: Class, idempotent: bool) -> Request {
-        Request { class, because: Because::Method, idempotent, wanted: Wanted::Any }
+        Request {
+            class,
+            because: Because::Method,
+            idempotent,
+            wanted: Wanted::Any,
+            demands: Demands::default(),
+        }
     }
 
     fn topology() -> Topology {

@@ -99,6 +99,9 @@ problems! {
     /// `Litegate-Route` names no member.
     UnknownNode = 400, "BR", "unknown_node", "http_request_denied", Client,
         "Unknown node", "The request asks for a node that the cluster does not have.";
+    /// `Litegate-Consistency` or `Litegate-Max-Staleness` says what nobody understands.
+    BadDemand = 400, "BR", "bad_demand", "http_request_denied", Client,
+        "Unknown demand", "The request asks for a consistency that does not exist: any, session or primary, and a staleness like 250ms.";
     /// No primary within `hold.timeout`.
     NoPrimary = 503, "NP", "no_primary", "destination_unavailable", App,
         "No primary", "The app has no node that takes writes at the moment. Nothing was written; try again shortly.";
@@ -111,6 +114,12 @@ problems! {
     /// No node can serve reads.
     NoReader = 503, "NH", "no_reader", "destination_unavailable", App,
         "No node available", "No node of the app can serve this request at the moment. Try again shortly.";
+    /// No node has what the client wrote last, or is as fresh as it asks for.
+    NotCaughtUp = 503, "TS", "not_caught_up", "destination_unavailable", App,
+        "Not caught up", "No node of the app that can be reached has caught up with what this client has seen or asks for. Try again shortly.";
+    /// The write is done, but not on as many replicas as `durability.replicas` wants.
+    NotDurable = 504, "ND", "not_durable", "http_response_timeout", App,
+        "Done, but not yet safe", "The app did this request, but too few of its copies have confirmed it in time. It may be lost if a node fails now; do not simply send it again.";
     /// The node has no place left.
     NodeFull = 503, "UO", "node_full", "connection_limit_reached", App,
         "Overloaded", "The app has more requests than it can take. Try again shortly.";
@@ -168,7 +177,11 @@ impl Problem {
     pub const fn retry_after(self) -> Option<u32> {
         match self {
             Self::NoPrimary | Self::SplitBrain | Self::HoldFull => Some(5),
-            Self::NoReader | Self::NodeFull | Self::WritesFull | Self::Draining => Some(1),
+            Self::NoReader
+            | Self::NotCaughtUp
+            | Self::NodeFull
+            | Self::WritesFull
+            | Self::Draining => Some(1),
             _ => None,
         }
     }

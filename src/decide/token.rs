@@ -97,6 +97,34 @@ impl Void {
     }
 }
 
+/// How a read with a token found its node. The words are metric labels.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum TokenRead {
+    /// A replica was there already.
+    Fresh,
+    /// A replica was waited for.
+    Waited,
+    /// The primary served it.
+    Primary,
+    /// Nobody could.
+    Refused,
+}
+
+impl TokenRead {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Fresh, Self::Waited, Self::Primary, Self::Refused];
+
+    /// The word for metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Fresh => "fresh",
+            Self::Waited => "waited",
+            Self::Primary => "primary",
+            Self::Refused => "refused",
+        }
+    }
+}
+
 /// What the tokens of one cluster are signed with.
 #[derive(Clone)]
 pub struct Key {

@@ -8,17 +8,34 @@ use std::{
 };
 
 use smallvec::SmallVec;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
-use super::{attempt::Node, body::RequestBody, hold::Hold};
+use super::{
+    attempt::Node,
+    body::RequestBody,
+    hold::Hold,
+    session::{Session, cookie_name, unix_millis},
+};
 use crate::{
-    config,
-    decide::{self, balance::PeakEwma},
+    config::{self, cluster::Secret},
+    decide::{
+        self, Demands,
+        balance::PeakEwma,
+        token::{Key, Need, Token, TokenRead, Void},
+    },
     discovery::Observer,
-    telemetry::metrics::{NodeCells, Shard},
-    topology::{Topology, watch},
+    telemetry::metrics::{Consistency, NodeCells, Shard},
+    topology::{
+        Epoch, Presence, Role, Topology,
+        position::{Positions, Reach},
+        progress::Progress,
+        watch,
+    },
     upstream::{Gate, Limits, Upstreams},
 };
+
+/// LiteFS sends a heartbeat each second, so that an idle replica's lag saw-tooths below this.
+const HEARTBEATS: Duration = Duration::from_secs(2);
 
 /// What this worker remembers of a node to balance by.
 #[derive(Debug)]
@@ -26,6 +43,8 @@ pub struct Load {
     latency: Cell<PeakEwma>,
     /// Its counters.
     pub(super) cells: Arc<NodeCells>,
+    /// Where its databases are.
+    pub(super) progress: Arc<Progress>,
 }
 
 impl Load {
@@ -62,6 +81,11 @@ pub(super) struct Cluster {
     upstreams: Upstreams<RequestBody, Load>,
     turn: Cell<usize>,
     shard: Arc<Shard>,
+    /// What tokens are signed with, and the cluster's id that it was made for.
+    key: RefCell<Option<KeyOf>>,
+    /// The token that was read last: a client sends the same one again and again.
+    last: RefCell<Option<(Box<[u8]>, Token)>>,
+    cookies: [Box<str>; 2],
 }
 
 impl Cluster {
@@ -71,8 +95,10 @@ impl Cluster {
         shared: Shared,
         shard: Arc<Shard>,
         workers: usize,
+        is_only: bool,
         now: Instant,
     ) -> Self {
+        let cookies = [false, true].map(|secure| cookie_name(&config.name, is_only, secure).into());
         // A copy: see `upstream::Upstreams::follow`.
         config.name = Arc::from(&*config.name);
         let limits = Limits {
@@ -98,13 +124,129 @@ impl Cluster {
             upstreams: Upstreams::new(limits),
             turn: Cell::new(0),
             shard,
+            key: RefCell::default(),
+            last: RefCell::default(),
+            cookies,
         }
     }
 
-    /// Runs `look` on the latest snapshot and what this worker knows of its nodes.
+    /// The name of the cookie that tokens travel in.
+    pub(super) fn cookie(&self, secure: bool) -> &str {
+        let [plain, host] = &self.cookies;
+        if secure { host } else { plain }
+    }
+
+    /// What tokens are signed with. Until the cluster has told its id, its name stands for it.
+    pub(super) fn key(&self) -> Rc<Key> {
+        let mut topology = self.topology.borrow_mut();
+        let id = &topology.latest().cluster_id;
+        let mut known = self.key.borrow_mut();
+        match &*known {
+            Some((of, key)) if of == id => Rc::clone(key),
+            _ => {
+                let secret = self.config.consistency.key.as_ref().map(Secret::expose);
+                let key = Rc::new(Key::derive(secret, id.as_deref().unwrap_or(&self.config.name)));
+                *known = Some((id.clone(), Rc::clone(&key)));
+                *self.last.borrow_mut() = None;
+                key
+            }
+        }
+    }
+
+    /// Reads a token.
+    pub(super) fn read_token(&self, text: &[u8]) -> Result<Token, Void> {
+        let key = self.key();
+        if let Some((known, token)) = &*self.last.borrow()
+            && **known == *text
+        {
+            return Ok(token.clone());
+        }
+        let longest = self.config.consistency.affinity;
+        let token = Token::decode(text, &key, unix_millis(), longest)?;
+        if matches!(token, Token::Need(_)) {
+            *self.last.borrow_mut() = Some((text.into(), token.clone()));
+        }
+        Ok(token)
+    }
+
+    /// The primaries so far, and the cell of the one that is.
+    pub(super) fn lineage(&self) -> (Arc<[Epoch]>, Option<Arc<Progress>>) {
+        let mut topology = self.topology.borrow_mut();
+        let topology = topology.latest();
+        let primary = topology.primary().map(|node| Arc::clone(&node.progress));
+        (Arc::clone(&topology.lineage), primary)
+    }
+
+    /// Where the primary is.
+    pub(super) fn primary_positions(&self) -> Option<Arc<Positions>> {
+        self.lineage().1.map(|progress| progress.snapshot())
+    }
+
+    /// What is counted of tokens here.
+    pub(super) fn counted(&self, count: impl FnOnce(&Consistency)) {
+        if let Some(cells) = self.shard.consistency(self.index) {
+            count(cells);
+        }
+    }
+
+    /// A token counted for nothing.
+    pub(super) fn void(&self, void: Void) {
+        self.counted(|cells| {
+            let place = Void::ALL.iter().position(|one| *one == void);
+            if let Some(cell) = place.and_then(|place| cells.void.get(place)) {
+                cell.add(1);
+            }
+        });
+    }
+
+    /// How a read with a token found its node.
+    pub(super) fn token_read(&self, how: TokenRead) {
+        self.counted(|cells| {
+            let place = TokenRead::ALL.iter().position(|one| *one == how);
+            if let Some(cell) = place.and_then(|place| cells.reads.get(place)) {
+                cell.add(1);
+            }
+        });
+    }
+
+    /// Waits until a replica that may serve has reached `need`, or the time is up.
+    pub(super) async fn reached(&self, need: &Need, until: Instant) {
+        let mut reader = self.topology.borrow().clone();
+        let bell = Arc::clone(&reader.latest().bell);
+        // Without a place to wait the primary is asked at once.
+        let Some(mut listening) = bell.listen(self.config.hold.max_requests) else { return };
+        let began = Instant::now();
+        loop {
+            let topology = Arc::clone(reader.latest());
+            let is_there = topology.nodes.iter().any(|node| {
+                node.role == Role::Replica
+                    && node.presence == Presence::Member
+                    && node.is_healthy(began.into_std())
+                    && need.reach(&node.progress.get()) == Reach::Reached
+            });
+            if is_there {
+                break;
+            }
+            tokio::select! {
+                () = listening.rung() => {}
+                newer = reader.newer_than(topology.generation) => {
+                    if newer.is_err() {
+                        break;
+                    }
+                }
+                () = sleep_until(until) => break,
+            }
+        }
+        self.counted(|cells| cells.wait.observe(began.elapsed()));
+    }
+
+    /// Runs `look` on the latest snapshot and what this worker knows of its nodes, and how far
+    /// they are where `session` or `demands` want to know.
     pub(super) fn look<T>(
         &self,
         now: Instant,
+        session: Option<&Session>,
+        demands: Demands,
         look: impl FnOnce(&Topology, &[decide::balance::Load]) -> T,
     ) -> T {
         let mut reader = self.topology.borrow_mut();
@@ -112,6 +254,7 @@ impl Cluster {
         self.upstreams.follow(topology, |node| Load {
             latency: Cell::new(PeakEwma::default()),
             cells: self.shard.node(self.index, &node.name),
+            progress: Arc::clone(&node.progress),
         });
         let turn = self.turn.get();
         self.turn.set(turn.wrapping_add(1));
@@ -122,8 +265,26 @@ impl Cluster {
                 latency: node.load.latency.get().value(now.into_std()),
                 full: node.gate.is_full(),
                 turn,
+                ..decide::balance::Load::default()
             });
         });
+        let need = session.and_then(|session| session.need.as_ref());
+        if need.is_some() || demands.staleness.is_some() {
+            let primary = topology.primary().map(|node| node.progress.get());
+            for (load, node) in loads.iter_mut().zip(&topology.nodes) {
+                let positions = node.progress.get();
+                load.reach = need.map_or(Reach::Reached, |need| need.reach(&positions));
+                load.age = match &primary {
+                    Some(primary) if !primary.is_empty() && !positions.is_empty() => {
+                        let behind = positions.behind(primary, now.into_std()).time;
+                        // Over a second without a heartbeat, the link is gone.
+                        let cut = node.lag.filter(|lag| *lag > HEARTBEATS).unwrap_or_default();
+                        behind.max(cut)
+                    }
+                    _ => Duration::MAX,
+                };
+            }
+        }
         look(topology, &loads)
     }
 
@@ -137,6 +298,8 @@ impl Cluster {
         self.upstreams.each(|node| node.prune(now));
     }
 }
+
+type KeyOf = (Option<Arc<str>>, Rc<Key>);
 
 /// A worker's share of a limit for the process: rounded down so that the limit holds, but never
 /// nothing.

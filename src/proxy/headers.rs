@@ -15,6 +15,8 @@ use std::{
 use bytes::{BufMut as _, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
+use crate::decide::token;
+
 use crate::decide::replay::Transform;
 
 /// `X-Forwarded-For`
@@ -102,6 +104,8 @@ fn value(bytes: bytes::Bytes) -> HeaderValue {
 /// What the attempt adds beyond the client's own fields.
 #[derive(Debug, Default)]
 pub struct Extra {
+    /// LiteFS's cookie stays here: it asks for what will never be.
+    pub without_txid: bool,
     /// `fly-replay-src`, after a replay.
     pub replay_src: Option<HeaderValue>,
     /// `fly-replay-failed`, on a fallback.
@@ -145,6 +149,12 @@ pub fn upstream(
     }
     if named {
         remove_named(original, &mut head);
+    }
+    if extra.without_txid {
+        head.remove(header::COOKIE);
+        if let Some(cookies) = token::without_txid(original) {
+            head.insert(header::COOKIE, cookies);
+        }
     }
     if trailers {
         // hyper passes trailers on, so this hop can say so for itself.
@@ -259,7 +269,9 @@ fn fate(name: &HeaderName, trusted: bool) -> Fate {
         }
         name if name.starts_with("fly-") && !trusted && is_of_the_edge(name) => Fate::Drop,
         // Addressed to litegate.
-        "litegate-route" | "litegate-consistency" | "litegate-max-staleness" => Fate::Drop,
+        "litegate-route" | "litegate-consistency" | "litegate-max-staleness" | "litegate-token" => {
+            Fate::Drop
+        }
         _ => Fate::Keep,
     }
 }
@@ -371,7 +383,7 @@ fn strip_ours(head: &mut HeaderMap, pass: bool) {
         .keys()
         .filter(|name| {
             let name = name.as_str();
-            (name.starts_with("fly-replay") && !pass) || name == "litegate-write"
+            (name.starts_with("fly-replay") && !pass) || name.starts_with("litegate-")
         })
         .cloned()
         .collect();

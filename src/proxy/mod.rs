@@ -21,17 +21,20 @@ use self::{
     cluster::Cluster,
     headers::{Extra, Peer},
     relay::Own,
+    session::Session,
 };
 pub use self::{cluster::Shared, hold::Hold, relay::ResponseBody};
 use crate::{
     config::{Config, listener::Listener},
     decide::{
-        self, Attempt, Cause, Class, Ended, Failure, FailureKind, History, HoldFor, Problem,
+        self, Attempt, Cause, Class, Demands, Ended, Failure, FailureKind, History, HoldFor,
+        Problem, Wanted,
         choose::Choice,
         classify::PREFER_INSTANCE,
         next::{Next, Outcome},
         replay::{self, Form, Replay, ReplayError},
         route::Head,
+        token::TokenRead,
     },
     server::{Conn, Origin},
     telemetry::{
@@ -42,6 +45,7 @@ use crate::{
 };
 
 mod account;
+mod acknowledge;
 mod attempt;
 mod body;
 mod cluster;
@@ -49,6 +53,7 @@ mod headers;
 mod hold;
 mod refusal;
 mod relay;
+mod session;
 mod upgrade;
 
 /// The data plane of one worker, for one configuration.
@@ -104,9 +109,11 @@ impl Proxy {
         let Parts { config, listeners, clusters, shard, log, instance } = parts;
         let workers = config.server.workers.get();
         let now = Instant::now();
+        let is_only = config.clusters.len() == 1;
         let clusters = config.clusters.iter().zip(clusters).enumerate();
         let clusters = clusters.map(|(index, (cluster, shared))| {
-            Cluster::new(index, cluster.clone(), shared, Arc::clone(&shard), workers, now)
+            let (cluster, shard) = (cluster.clone(), Arc::clone(&shard));
+            Cluster::new(index, cluster, shared, shard, workers, is_only, now)
         });
         Self {
             clusters: clusters.collect(),
@@ -171,6 +178,8 @@ impl Proxy {
             upgrade: false,
             preferred: None,
             reach_by: None,
+            session: None,
+            fields: acknowledge::Fields::new(),
         };
         let answer = self.answer(&mut walk, body).await;
         let received = walk.upload.as_ref().map_or(0, Upload::received);
@@ -215,7 +224,10 @@ impl Proxy {
                     instance: &self.instance,
                     close: conn.is_draining(),
                 };
-                let (response, body) = own.render();
+                let (mut response, body) = own.render();
+                for (name, value) in walk.fields {
+                    response.headers_mut().append(name, value);
+                }
                 response.map(|()| ResponseBody::own(body, account))
             }
         }
@@ -238,10 +250,13 @@ impl Proxy {
         walk.cluster = Some(cluster);
         walk.route = route.index;
         let now = Instant::now();
-        let request = cluster.look(now, |topology, _| {
+        let mut request = cluster.look(now, None, Demands::default(), |topology, _| {
             let region = cluster.next.primary_region.as_deref();
             decide::classify::classify(&head, route, topology, region)
         })?;
+        let (trusted, secure) = (walk.client.peer.trusted, walk.is_secure());
+        let cookie = cluster.cookie(secure);
+        walk.session = session::of(&walk.headers, trusted, cluster, cookie, &mut request).await?;
         walk.request = Some(request);
         if walk.client.peer.trusted && request.class == Class::Read {
             walk.preferred = walk.headers.get(&PREFER_INSTANCE).cloned();
@@ -253,7 +268,8 @@ impl Proxy {
         }
 
         let mut history = History::default();
-        let mut extra = Extra::default();
+        let without_txid = walk.session.as_ref().is_some_and(|session| session.drop_txid);
+        let mut extra = Extra { without_txid, ..Extra::default() };
         let mut cause = Cause::First;
         let mut held: Option<hold::Place> = None;
         let deadline = now + cluster.config.hold.timeout;
@@ -277,8 +293,13 @@ impl Proxy {
                 self.shard.held(cluster.index, outcome, waited);
                 result?;
                 now = Instant::now();
+                if let Some(session) = &mut walk.session {
+                    session.judge_again(cluster).await;
+                    request.demands.position &= session.need.is_some();
+                }
             }
-            let choice = cluster.look(now, |topology, loads| {
+            let session = walk.session.as_deref();
+            let choice = cluster.look(now, session, request.demands, |topology, loads| {
                 let chance = fastrand::u64(..);
                 let (rules, now) = (&cluster.rules, now.into_std());
                 let choice = decide::choose::choose(
@@ -296,11 +317,27 @@ impl Proxy {
             })?;
             let (index, role) = match choice {
                 Ok(chosen) => chosen,
+                Err(HoldFor::Position) => {
+                    self.wait_for_position(walk, cluster, now).await;
+                    history.waited = true;
+                    now = Instant::now();
+                    continue;
+                }
                 Err(hold) => {
+                    if request.class == Class::Read && request.wanted == Wanted::Any {
+                        history.expired = Some(Problem::NotCaughtUp);
+                    }
                     wait = Some(hold);
                     continue;
                 }
             };
+            if request.demands.position {
+                cluster.token_read(match role {
+                    Role::Primary => TokenRead::Primary,
+                    _ if history.waited => TokenRead::Waited,
+                    _ => TokenRead::Fresh,
+                });
+            }
             // The snapshot was followed within `look`, and nothing ran in between.
             let node = cluster.node(index).ok_or(Problem::Internal)?;
             let mut tried = Attempt { node: node.id, role, cause, ended: Ended::Replayed };
@@ -354,6 +391,7 @@ impl Proxy {
                 walk.tried(&mut history, &node, tried);
                 let outcome = Outcome::Answered(response.status());
                 if self.next(walk, cluster, &request, &mut history, outcome)? == Next::Relay {
+                    self.acknowledge(walk, cluster, &request, &node, response.headers()).await?;
                     return Ok(self.relay(walk, cluster, response, connected, now));
                 }
                 self.shard.retried(cluster.index, request.class);
@@ -473,6 +511,8 @@ impl Proxy {
         let not_before = match hold {
             HoldFor::Primary => None,
             HoldFor::Pause(length) => Some(Instant::now() + length),
+            // It has a bell of its own.
+            HoldFor::Position => return Ok(()),
         };
         let needs_primary = hold == HoldFor::Primary;
         let ready = |topology: &Topology| !needs_primary || topology.primary.is_some();
@@ -492,6 +532,51 @@ impl Proxy {
         }
         *held = Some(place);
         Ok(())
+    }
+
+    /// Waits a little for a replica to have what the client's token stands for.
+    async fn wait_for_position(&self, walk: &mut Walk<'_>, cluster: &Cluster, now: Instant) {
+        let Some(session) = &mut walk.session else { return };
+        let rules = &cluster.config.consistency;
+        let until = *session.wait_until.get_or_insert(now + rules.wait);
+        if let Some(need) = &session.need {
+            cluster.reached(need, until).await;
+        }
+        walk.held += now.elapsed();
+    }
+
+    /// What the answer tells the client of what it wrote.
+    ///
+    /// # Errors
+    /// [`Problem::NotDurable`].
+    async fn acknowledge(
+        &self,
+        walk: &mut Walk<'_>,
+        cluster: &Cluster,
+        request: &decide::Request,
+        node: &Node,
+        head: &http::HeaderMap,
+    ) -> Result<(), Problem> {
+        let wrote = acknowledge::wrote(head, request.class == Class::Write && !walk.upgrade);
+        let lost = walk.session.as_ref().is_some_and(|session| session.lost);
+        if !wrote && !lost {
+            return Ok(());
+        }
+        let secure = walk.is_secure();
+        let to = acknowledge::To {
+            cluster,
+            progress: &node.load.progress,
+            head,
+            cookie: cluster.cookie(secure),
+            secure,
+        };
+        let mut fields = std::mem::take(&mut walk.fields);
+        if lost {
+            to.lost(&mut fields, wrote);
+        }
+        let result = if wrote { to.acknowledge(&mut fields).await } else { Ok(()) };
+        walk.fields = fields;
+        result
     }
 
     /// Takes the places that an attempt needs and makes it.
@@ -612,6 +697,9 @@ impl Proxy {
         let (mut parts, incoming) = response.into_parts();
         let switching = parts.status == StatusCode::SWITCHING_PROTOCOLS && walk.upgrade;
         headers::downstream(&mut parts.headers, switching, cluster.config.replay.pass, &self.via);
+        for (name, value) in walk.fields.drain(..) {
+            parts.headers.append(name, value);
+        }
         if let Some(upload) = &walk.upload {
             upload.settle();
         }
@@ -675,9 +763,19 @@ struct Walk<'p> {
     preferred: Option<HeaderValue>,
     /// Until when the target of a replay is to be reached, by the replay's own words.
     reach_by: Option<Instant>,
+    /// What the client has to see. `None`: nothing in particular.
+    session: Option<Box<Session>>,
+    /// What the answer gets on top of the node's fields.
+    fields: acknowledge::Fields,
 }
 
 impl Walk<'_> {
+    /// Whether the client came by https, as far as whoever is believed says so.
+    fn is_secure(&self) -> bool {
+        self.client.peer.trusted
+            && self.headers.get("x-forwarded-proto").is_some_and(|proto| proto == "https")
+    }
+
     /// The node whose replay was followed last.
     fn sender(&self) -> Arc<str> {
         let replayed = self.tries.iter().rev().find(|tried| tried.ended == Ended::Replayed);

@@ -17,7 +17,10 @@ use std::{
 use http::{Method, StatusCode};
 
 use crate::{
-    decide::{Class, FailureKind, Problem},
+    decide::{
+        Class, FailureKind, Problem,
+        token::{TokenRead, Void},
+    },
     topology::{Change, Freshness, Presence, Role, watch},
 };
 
@@ -129,6 +132,24 @@ pub enum HoldOutcome {
     Overflow,
 }
 
+const VOIDS: [&str; Void::ALL.len()] = {
+    let mut words = [""; Void::ALL.len()];
+    let mut i = 0;
+    while i < words.len() {
+        words[i] = Void::ALL[i].as_str();
+        i += 1;
+    }
+    words
+};
+const TOKEN_READS: [&str; TokenRead::ALL.len()] = {
+    let mut words = [""; TokenRead::ALL.len()];
+    let mut i = 0;
+    while i < words.len() {
+        words[i] = TokenRead::ALL[i].as_str();
+        i += 1;
+    }
+    words
+};
 const HOLD_OUTCOMES: [&str; 3] = ["resumed", "timeout", "overflow"];
 
 /// What happened to a `fly-replay` answer.
@@ -214,6 +235,27 @@ struct ClusterCells {
     caches_ignored: Cell,
     holds: [Cell; 3],
     hold_duration: Histogram,
+    /// Tokens and positions: see [`Consistency`].
+    consistency: Consistency,
+}
+
+/// One worker's cells for what clients read of their own writes in one cluster.
+#[derive(Debug, Default)]
+pub struct Consistency {
+    /// Tokens given to clients.
+    pub issued: Cell,
+    /// Tokens that counted for nothing, in the order of [`Void::ALL`].
+    pub void: [Cell; Void::ALL.len()],
+    /// Reads with a token, in the order of [`TokenRead::ALL`].
+    pub reads: [Cell; TokenRead::ALL.len()],
+    /// How long they waited for a replica.
+    pub wait: Histogram,
+    /// Exact readings asked for.
+    pub exact: Cell,
+    /// Writes of which nobody could say how far the primary was.
+    pub blind: Cell,
+    /// Writes that were on enough replicas in time, and those that were not.
+    pub durable: [Cell; 2],
 }
 
 impl ClusterCells {
@@ -228,6 +270,7 @@ impl ClusterCells {
             caches_ignored: Cell::default(),
             holds: Default::default(),
             hold_duration: Histogram::default(),
+            consistency: Consistency::default(),
         }
     }
 }
@@ -348,6 +391,11 @@ impl Shard {
         }
     }
 
+    /// What is counted of tokens in a cluster.
+    pub fn consistency(&self, cluster: usize) -> Option<&Consistency> {
+        self.clusters.get(cluster).map(|(_, cells)| &cells.consistency)
+    }
+
     /// A hold ended.
     pub fn held(&self, cluster: usize, outcome: HoldOutcome, waited: Duration) {
         if let Some((_, cells)) = self.clusters.get(cluster) {
@@ -425,6 +473,7 @@ struct Changes {
     primary: u64,
     ejected: u64,
     restarted: u64,
+    lost: u64,
 }
 
 /// A cluster as a scrape sees it.
@@ -503,6 +552,7 @@ impl Metrics {
             Change::Primary { .. } => changes.primary += 1,
             Change::Ejected { .. } => changes.ejected += 1,
             Change::Restarted { .. } => changes.restarted += 1,
+            Change::WritesLost { writes, .. } => changes.lost += writes,
             _ => {}
         }
     }
@@ -540,7 +590,12 @@ impl Metrics {
         page.line("litegate_tunnels", &[], sum(shards, |s| s.tunnels.get()));
         let all = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         type Count = fn(&Changes) -> u64;
-        let families: [(&str, &str, Count); 3] = [
+        let families: [(&str, &str, Count); 4] = [
+            (
+                "litegate_acknowledged_writes_lost_total",
+                "Acknowledged writes that the next primary did not have, at most.",
+                |c| c.lost,
+            ),
             ("litegate_primary_changes_total", "Primaries seen to follow another.", |c| c.primary),
             ("litegate_node_ejections_total", "Nodes taken out of balancing.", |c| c.ejected),
             ("litegate_node_restarts_total", "Nodes seen to be another process.", |c| c.restarted),
@@ -695,7 +750,7 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
         }
     }
     type One = fn(&ClusterCells, usize) -> u64;
-    let families: [(&str, &str, &str, &[&str], One); 4] = [
+    let families: [(&str, &str, &str, &[&str], One); 7] = [
         (
             "litegate_retries_total",
             "Requests sent again after a failure.",
@@ -724,6 +779,27 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
             &HOLD_OUTCOMES,
             |c, i| c.holds.get(i).map_or(0, Cell::get),
         ),
+        (
+            "litegate_token_reads_total",
+            "Reads with a token, by how they found a node that is far enough.",
+            "decision",
+            &TOKEN_READS,
+            |c, i| c.consistency.reads.get(i).map_or(0, Cell::get),
+        ),
+        (
+            "litegate_tokens_invalid_total",
+            "Tokens that counted for nothing.",
+            "reason",
+            &VOIDS,
+            |c, i| c.consistency.void.get(i).map_or(0, Cell::get),
+        ),
+        (
+            "litegate_durability_waits_total",
+            "Writes whose answer waited for replicas.",
+            "outcome",
+            &["reached", "timeout"],
+            |c, i| c.consistency.durable.get(i).map_or(0, Cell::get),
+        ),
     ];
     for (name, help, label, values, one) in families {
         page.family(name, "counter", help);
@@ -733,6 +809,34 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
                 page.line(name, &[("cluster", cluster), (label, value)], n);
             }
         }
+    }
+    type Counted = fn(&Consistency) -> &Cell;
+    let counted: [(&str, &str, Counted); 3] = [
+        ("litegate_tokens_issued_total", "Tokens given to clients.", |c| &c.issued),
+        (
+            "litegate_exact_positions_total",
+            "Times that the primary's exact position was asked for; those that ask at once share a reading.",
+            |c| &c.exact,
+        ),
+        (
+            "litegate_writes_without_position_total",
+            "Writes after which nobody could say how far the primary was: their clients' reads go to it for a while.",
+            |c| &c.blind,
+        ),
+    ];
+    for (name, help, one) in counted {
+        page.family(name, "counter", help);
+        for cluster in clusters.iter().filter(|name| !name.is_empty()) {
+            let n = of(cluster).iter().map(|cells| one(&cells.consistency).get()).sum::<u64>();
+            page.line(name, &[("cluster", cluster)], n);
+        }
+    }
+    let name = "litegate_token_wait_seconds";
+    page.family(name, "histogram", "How long reads with a token waited for a replica.");
+    for cluster in clusters.iter().filter(|name| !name.is_empty()) {
+        let cells = of(cluster);
+        let histograms: Vec<_> = cells.iter().map(|cells| &cells.consistency.wait).collect();
+        page.histogram(name, &[("cluster", cluster)], &histograms);
     }
     let name = "litegate_replay_caches_ignored_total";
     page.family(

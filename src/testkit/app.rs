@@ -202,7 +202,8 @@ async fn write(
         return Some(Said::ok("", ""));
     }
     let body = json!({ "node": State::name(node), "txid": position.txid }).to_string();
-    Some(Said::ok("content-type: application/json\r\n", body))
+    let public = if head.query("public").is_some() { "cache-control: public\r\n" } else { "" };
+    Some(Said::ok(&format!("content-type: application/json\r\n{public}"), body))
 }
 
 /// What goes wrong on purpose. Always ends the connection.

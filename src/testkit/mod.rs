@@ -22,7 +22,7 @@
 //! | `/fault/reset`, `half`, `chunk`, `garbage`, `early` | what goes wrong on purpose |
 //!
 //! `?db=NAME` names another database than the first, `?wait=MS` waits before a write runs,
-//! `?linger=MS` between its commit and the answer. A write on a replica that does not come through
+//! `?linger=MS` between its commit and the answer, `?public` lets shared caches keep it. A write on a replica that does not come through
 //! LiteFS's proxy ([`Place::app`]) is answered with `500` and `attempt to write a readonly database`.
 //!
 //! # LiteFS's API

@@ -61,9 +61,10 @@ impl fmt::Display for Position {
 }
 
 /// Whether a node's history contains a position.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Reach {
     /// It does.
+    #[default]
     Reached,
     /// The node is not there yet.
     NotYet,

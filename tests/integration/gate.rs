@@ -56,6 +56,13 @@ impl Gate {
         answer.expect("the admin listener answers").text()
     }
 
+    /// The sum of a family's lines that contain `label`.
+    pub(crate) async fn metric(&self, family: &str, label: &str) -> u64 {
+        let metrics = self.metrics().await;
+        let lines = metrics.lines().filter(|line| line.starts_with(family) && line.contains(label));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    }
+
     pub(crate) fn running(&self) -> &Running {
         self.running.as_ref().expect("it runs until it is dropped")
     }

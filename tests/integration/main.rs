@@ -8,6 +8,7 @@ mod process;
 mod reads;
 mod refusals;
 mod replays;
+mod sessions;
 mod testkit;
 mod verify;
 mod writes;

@@ -1,0 +1,221 @@
+//! After a write: where the primary was when it answered, for the client to carry along.
+//!
+//! The position must be read after the answer began, or it might be the one before the write.
+//! LiteFS's own proxy says it for nothing, in its `__txid` cookie; else the node's exact reading
+//! is asked for, which all writes that end meanwhile share.
+
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+use smallvec::SmallVec;
+use tokio::time::{Instant, timeout_at};
+
+use super::{
+    cluster::Cluster,
+    session::{EXACT, unix_millis},
+};
+use crate::{
+    config::cluster::{Mode, OnTimeout},
+    decide::{
+        Problem,
+        token::{Need, TOKEN, Token},
+    },
+    litefs::TXID_COOKIE,
+    telemetry::metrics::Consistency,
+    topology::{
+        Presence,
+        position::{Position, Reach},
+        progress::Progress,
+    },
+};
+
+/// The app's last word on whether it wrote.
+pub(super) const WRITE: HeaderName = HeaderName::from_static("litegate-write");
+/// The client's earlier write was lost in a failover.
+const LOST: HeaderName = HeaderName::from_static("litegate-write-lost");
+/// On how many replicas the write is, where that is not as many as was asked for.
+const DURABILITY: HeaderName = HeaderName::from_static("litegate-durability");
+
+/// What a write's answer brings along.
+pub(super) type Fields = SmallVec<[(HeaderName, HeaderValue); 4]>;
+
+/// Who is told, and how.
+pub(super) struct To<'a> {
+    pub(super) cluster: &'a Cluster,
+    /// The node that answered.
+    pub(super) progress: &'a Progress,
+    /// Its answer.
+    pub(super) head: &'a HeaderMap,
+    /// The name of the cookie.
+    pub(super) cookie: &'a str,
+    /// Whether the client came by https.
+    pub(super) secure: bool,
+}
+
+impl To<'_> {
+    /// After a write: the fields for the client, and a problem where it is not as safe as it
+    /// has to be.
+    pub(super) async fn acknowledge(&self, fields: &mut Fields) -> Result<(), Problem> {
+        let rules = &self.cluster.config.consistency;
+        let wanted = self.cluster.config.durability.replicas;
+        let need =
+            if rules.mode == Mode::Token || wanted > 0 { self.position().await } else { None };
+        match (&need, rules.mode) {
+            (_, Mode::Off) => {}
+            (Some(need), Mode::Token) => {
+                for (database, position) in &need.databases {
+                    self.progress.acknowledge(*database, position.txid);
+                }
+                self.give(need, fields);
+            }
+            // Where nobody can say how far the primary was, its next reads go there for a while.
+            (None, Mode::Token) | (_, Mode::Affinity) => {
+                let until = unix_millis()
+                    .saturating_add(u64::try_from(rules.affinity.as_millis()).unwrap_or(u64::MAX));
+                self.carry(&Token::Affinity(until), rules.affinity.as_secs().max(1), fields);
+            }
+        }
+        if wanted == 0 {
+            return Ok(());
+        }
+        self.replicas(need.as_ref(), wanted, fields).await
+    }
+
+    /// To a client whose write was lost: says so, and what is there now.
+    /// `wrote`: it gets another token anyway.
+    pub(super) fn lost(&self, fields: &mut Fields, wrote: bool) {
+        fields.push((LOST, HeaderValue::from_static("1")));
+        if wrote {
+            return;
+        }
+        if let Some(known) = self.cluster.primary_positions().filter(|known| !known.is_empty()) {
+            let databases = known.iter().map(|(database, _, position)| (database, position));
+            let need = Need { lineage: known.incarnation, databases: databases.collect() };
+            self.give(&need, fields);
+        }
+    }
+
+    /// Where the node was after this answer began.
+    async fn position(&self) -> Option<Need> {
+        if let Some(need) = self.told() {
+            return Some(need);
+        }
+        self.cluster.counted(|cells| cells.exact.add(1));
+        let exact = timeout_at(Instant::now() + EXACT, self.progress.exact()).await.ok().flatten();
+        let Some(exact) = exact else {
+            self.cluster.counted(|cells| cells.blind.add(1));
+            return None;
+        };
+        let databases = exact.iter().map(|(database, _, position)| (database, position));
+        Some(Need { lineage: exact.incarnation, databases: databases.collect() })
+    }
+
+    /// What LiteFS's proxy said of it. It names no database: that counts where there is only one.
+    fn told(&self) -> Option<Need> {
+        let cookies = self.head.get_all(header::SET_COOKIE).iter();
+        let mut txids = cookies.filter_map(|cookie| {
+            let value =
+                cookie.as_bytes().strip_prefix(TXID_COOKIE.as_bytes())?.strip_prefix(b"=")?;
+            Position::parse_hex(value.split(|byte| *byte == b';').next()?)
+        });
+        let txid = txids.next_back()?;
+        let known = self.progress.get();
+        let (database, _) = known.only()?;
+        let checksum = known.checksum(database, txid).unwrap_or(0);
+        let position = Position { txid, checksum };
+        let databases = [(database, position)].into_iter().collect();
+        Some(Need { lineage: known.incarnation, databases })
+    }
+
+    fn give(&self, need: &Need, fields: &mut Fields) {
+        let rules = &self.cluster.config.consistency;
+        self.carry(&Token::Need(need.clone()), rules.token_age.as_secs().max(1), fields);
+        let is_set = self
+            .head
+            .get_all(header::SET_COOKIE)
+            .iter()
+            .any(|cookie| cookie.as_bytes().starts_with(TXID_COOKIE.as_bytes()));
+        if rules.txid_cookie
+            && !is_set
+            && self.takes_cookies()
+            && let [(_, position)] = &need.databases[..]
+        {
+            // As LiteFS sets it (`reference/litefs.md` section 1.6).
+            let text =
+                format!("{TXID_COOKIE}={:016x}; Path=/; Max-Age=300; HttpOnly", position.txid);
+            fields.extend(HeaderValue::try_from(text).ok().map(|text| (header::SET_COOKIE, text)));
+        }
+    }
+
+    fn carry(&self, token: &Token, seconds: u64, fields: &mut Fields) {
+        let token = token.encode(&self.cluster.key());
+        self.cluster.counted(|cells| cells.issued.add(1));
+        if self.cluster.config.consistency.cookie && self.takes_cookies() {
+            let secure = if self.secure { "; Secure" } else { "" };
+            let name = self.cookie;
+            let text = format!(
+                "{name}={token}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
+            );
+            fields.extend(HeaderValue::try_from(text).ok().map(|text| (header::SET_COOKIE, text)));
+        }
+        fields.extend(HeaderValue::try_from(token).ok().map(|token| (TOKEN, token)));
+    }
+
+    /// A cookie on an answer that shared caches keep would be everybody's.
+    fn takes_cookies(&self) -> bool {
+        let lines = self.head.get_all(header::CACHE_CONTROL).iter();
+        !lines.into_iter().any(|line| {
+            let directives = line.as_bytes().split(|byte| *byte == b',');
+            directives.into_iter().any(|one| one.trim_ascii().eq_ignore_ascii_case(b"public"))
+        })
+    }
+
+    /// Waits until enough replicas have the write.
+    async fn replicas(
+        &self,
+        need: Option<&Need>,
+        wanted: usize,
+        fields: &mut Fields,
+    ) -> Result<(), Problem> {
+        let rules = &self.cluster.config.durability;
+        let deadline = Instant::now() + rules.timeout;
+        let mut there = 0;
+        if let Some(need) = need {
+            let mut reader = self.cluster.topology.borrow().clone();
+            let bell = std::sync::Arc::clone(&reader.latest().bell);
+            // Without a place to wait, the time is up at once.
+            let mut listening = bell.listen(self.cluster.config.hold.max_requests);
+            loop {
+                let nodes = reader.latest().nodes.iter().filter(|node| {
+                    node.presence == Presence::Member
+                        && !std::ptr::eq(&raw const *node.progress, self.progress)
+                        && need.reach(&node.progress.get()) == Reach::Reached
+                });
+                there = nodes.count();
+                if there >= wanted {
+                    self.cluster
+                        .counted(|Consistency { durable: [reached, _], .. }| reached.add(1));
+                    return Ok(());
+                }
+                let Some(listening) = &mut listening else { break };
+                if timeout_at(deadline, listening.rung()).await.is_err() {
+                    break;
+                }
+            }
+        }
+        self.cluster.counted(|Consistency { durable: [_, timeout], .. }| timeout.add(1));
+        if rules.on_timeout == OnTimeout::Fail {
+            return Err(Problem::NotDurable);
+        }
+        let text = format!("replicas={there}; wanted={wanted}");
+        fields.extend(HeaderValue::try_from(text).ok().map(|text| (DURABILITY, text)));
+        Ok(())
+    }
+}
+
+/// Whether an answer is a write's: the app knows best.
+pub(super) fn wrote(head: &HeaderMap, is_write: bool) -> bool {
+    match head.get(&WRITE).map(HeaderValue::as_bytes) {
+        Some(b"1") => true,
+        Some(b"0") => false,
+        _ => is_write,
+    }
+}

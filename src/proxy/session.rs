@@ -1,0 +1,159 @@
+//! What a request's client has to see: the position of its last write, or what it asks for itself.
+//!
+//! Nothing here is paid for by a client that carries neither a token nor a wish.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use http::{HeaderMap, header};
+use tokio::time::{Instant, timeout_at};
+
+use super::cluster::Cluster;
+use crate::{
+    config::cluster::{Mode, OnRequest},
+    decide::{
+        self, Class, Consistency, Demands, Problem, Wanted, classify,
+        token::{self, Need, Standing, TOKEN, Token, Void},
+    },
+    topology::position::{Position, Reach},
+};
+
+/// The longest that an exact reading is waited for, where nothing else says how long.
+pub(super) const EXACT: Duration = Duration::from_secs(1);
+
+/// What became of a client's token.
+#[derive(Debug, Default)]
+pub(super) struct Session {
+    /// What it must not read the past of.
+    pub(super) need: Option<Need>,
+    /// Its write was lost in a failover, and it is told so with this answer.
+    pub(super) lost: bool,
+    /// LiteFS's cookie asks for what will never be: it must not reach a node.
+    pub(super) drop_txid: bool,
+    /// Until when a replica is waited for. Set when that begins.
+    pub(super) wait_until: Option<Instant>,
+}
+
+/// Milliseconds since the Unix epoch.
+pub(super) fn unix_millis() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Reads what `headers` carry for this cluster. What a read has to find is noted in `request`.
+///
+/// # Errors
+/// [`Problem::BadDemand`].
+pub(super) async fn of(
+    headers: &HeaderMap,
+    trusted: bool,
+    cluster: &Cluster,
+    cookie: &str,
+    request: &mut decide::Request,
+) -> Result<Option<Box<Session>>, Problem> {
+    let rules = &cluster.config.consistency;
+    let is_heeded = match rules.on_request {
+        OnRequest::Any => true,
+        OnRequest::Trusted => trusted,
+        OnRequest::Off => false,
+    };
+    let mut asked = Consistency::Session;
+    if is_heeded {
+        let demand = classify::demanded(headers)?;
+        asked = demand.consistency;
+        request.demands.staleness = demand.staleness;
+    }
+    let has_token = rules.mode != Mode::Off
+        && (headers.contains_key(header::COOKIE) || headers.contains_key(&TOKEN));
+    let mut session = Session::default();
+    if has_token && asked != Consistency::Any {
+        let carried = token::carried(headers, cookie);
+        if let Some(text) = carried.token {
+            match cluster.read_token(text) {
+                Ok(Token::Need(need)) => session.judge(cluster, need).await,
+                Ok(Token::Affinity(until)) => request.demands.primary = unix_millis() < until,
+                Err(void) => cluster.void(void),
+            }
+        }
+        if session.need.is_none()
+            && let Some(text) = carried.txid
+        {
+            session.judge_txid(cluster, text).await;
+        }
+    }
+    if request.class == Class::Read {
+        request.demands.position = session.need.is_some();
+        if asked == Consistency::Primary && request.wanted == Wanted::Any {
+            request.wanted = Wanted::Primary;
+        }
+    }
+    let is_empty = session.need.is_none() && !session.lost && !session.drop_txid;
+    let is_idle = is_empty && request.demands == Demands::default();
+    Ok((!is_idle).then(|| Box::new(session)))
+}
+
+impl Session {
+    /// Whether what a token stands for still is, asking the primary where only it can tell.
+    async fn judge(&mut self, cluster: &Cluster, need: Need) {
+        match standing(cluster, &need).await {
+            Standing::Stands => self.need = Some(need),
+            Standing::Gone | Standing::Ahead => {
+                cluster.void(Void::Lost);
+                self.lost = true;
+            }
+        }
+    }
+
+    /// LiteFS's cookie: a number that anybody can make up, and that says nothing of its history.
+    async fn judge_txid(&mut self, cluster: &Cluster, text: &[u8]) {
+        let Some(txid) = Position::parse_hex(text) else {
+            return cluster.void(Void::Malformed);
+        };
+        let database = cluster.primary_positions().and_then(|known| known.only());
+        let Some((database, _)) = database.filter(|_| txid > 0) else { return };
+        let position = Position { txid, checksum: 0 };
+        let need = Need { lineage: None, databases: [(database, position)].into_iter().collect() };
+        match standing(cluster, &need).await {
+            Standing::Stands => self.need = Some(need),
+            Standing::Gone | Standing::Ahead => {
+                cluster.void(Void::Future);
+                self.drop_txid = true;
+            }
+        }
+    }
+
+    /// Looks again after a wait: there may be another primary now, whose history lacks it.
+    pub(super) async fn judge_again(&mut self, cluster: &Cluster) {
+        if let Some(need) = self.need.take() {
+            self.judge(cluster, need).await;
+        }
+    }
+}
+
+async fn standing(cluster: &Cluster, need: &Need) -> Standing {
+    let (lineage, primary) = cluster.lineage();
+    let known = primary.as_ref().map(|progress| progress.snapshot());
+    let first = token::judge(need, &lineage, known.as_deref());
+    if first != Standing::Ahead {
+        return first;
+    }
+    // Perhaps only the feed is late.
+    let Some(progress) = primary else { return Standing::Stands };
+    cluster.counted(|cells| cells.exact.add(1));
+    match timeout_at(Instant::now() + EXACT, progress.exact()).await {
+        Ok(Some(exact)) => match need.reach(&exact) {
+            Reach::Reached => Standing::Stands,
+            Reach::NotYet => Standing::Ahead,
+            Reach::Diverged => Standing::Gone,
+        },
+        // Nobody can say: then nothing speaks against it.
+        Ok(None) | Err(_) => Standing::Stands,
+    }
+}
+
+/// The name of the cookie, for the only cluster or for one of several.
+pub(super) fn cookie_name(cluster: &str, is_only: bool, secure: bool) -> String {
+    let prefix = if secure { "__Host-" } else { "" };
+    // A cluster's name is a TOML key: what a cookie's name can't have is left out.
+    let name: String = cluster.chars().filter(char::is_ascii_alphanumeric).collect();
+    if is_only { format!("{prefix}litegate") } else { format!("{prefix}litegate-{name}") }
+}
