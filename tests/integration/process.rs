@@ -219,15 +219,13 @@ async fn client(
         if stop.load(Relaxed) {
             break;
         }
-        let mut conn = match kept.take() {
-            Some(conn) => conn,
-            None => {
-                let Ok(conn) = Conn::open(address).await else {
-                    tally.refused = true;
-                    break;
-                };
-                conn
-            }
+        let conn = match kept.take() {
+            Some(conn) => Ok(conn),
+            None => Conn::open(address).await,
+        };
+        let Ok(mut conn) = conn else {
+            tally.refused = true;
+            break;
         };
         let id = format!("load-{}-{n}-{turn}", address.port());
         let (method, target) = match turn % 3 {
