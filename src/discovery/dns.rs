@@ -65,7 +65,7 @@ pub(super) async fn members(lookup: Lookup, port: Option<u16>, observer: Observe
     loop {
         asker.refresh.mark_unchanged();
         let found = match port {
-            Some(port) => asker.addresses(&lookup.name, &mut hosts).await.map(|(ips, ttl)| {
+            Some(port) => asker.addresses(&lookup.name, &mut hosts).await.ok().map(|(ips, ttl)| {
                 let at = |ip| Member { address: SocketAddr::new(ip, port), name: None };
                 (ips.into_iter().map(at).collect(), ttl)
             }),
@@ -84,7 +84,7 @@ pub(super) async fn primary(lookup: Lookup, observer: Observer) {
     let mut hosts = Hosts::default();
     loop {
         asker.refresh.mark_unchanged();
-        let found = asker.addresses(&lookup.name, &mut hosts).await;
+        let found = asker.addresses(&lookup.name, &mut hosts).await.ok();
         let ttl = found.as_ref().map(|(_, ttl)| *ttl);
         // A failure says nothing about who is primary.
         if let Some((addresses, _)) = found {
@@ -179,12 +179,20 @@ impl Asker {
         read(timeout(ANSWER, self.resolver.lookup(name, kind)).await)
     }
 
-    /// A and AAAA. `None` for every kind of failure and for no addresses at all.
-    async fn addresses(&self, name: &str, known: &mut Hosts) -> Option<(Vec<IpAddr>, Duration)> {
+    /// A and AAAA, and how long they are good for.
+    ///
+    /// # Errors
+    /// Every kind of failure, and no usable address at all: then `known` is what it was.
+    async fn addresses(
+        &self,
+        name: &str,
+        known: &mut Hosts,
+    ) -> Result<(Vec<IpAddr>, Duration), LookupResult> {
         let (v4, v6) =
             tokio::join!(self.ask(name, RecordType::A), self.ask(name, RecordType::AAAA));
-        self.observer.cells.looked_up(together(v4.1, v6.1));
-        let ttl = if is_failure(v4.1) || is_failure(v6.1) { Some(AGAIN) } else { None };
+        let result = together(v4.1, v6.1);
+        self.observer.cells.looked_up(result);
+        let ttl = is_failure(result).then_some(AGAIN);
         let ttls = v4.0.iter().chain(&v6.0).map(|record| seconds(record.ttl));
         let ttl = ttls.chain(ttl).min().unwrap_or(AGAIN);
         let found = |(records, result): (Vec<Record>, LookupResult)| {
@@ -194,7 +202,7 @@ impl Asker {
             ips.dedup();
             if is_failure(result) { None } else { Some(ips) }
         };
-        known.update(found(v4), found(v6)).then(|| (known.all(), ttl))
+        if known.update(found(v4), found(v6)) { Ok((known.all(), ttl)) } else { Err(result) }
     }
 
     /// SRV, and the addresses of its targets. `known`: those of each target.
@@ -222,6 +230,10 @@ impl Asker {
             let mut hosts = before.remove(&target).unwrap_or_default();
             async move {
                 let found = self.addresses(&target, &mut hosts).await;
+                if found.as_ref().is_err_and(|result| !is_failure(*result)) {
+                    // It has none any more, whatever SRV says.
+                    hosts = Hosts::default();
+                }
                 (target, found, hosts)
             }
         });
@@ -261,7 +273,7 @@ impl Asker {
         observer: &Observer,
     ) -> Option<Duration> {
         let full = format!("{name}.{}", lookup.name);
-        let (addresses, ttl) = self.addresses(&full, &mut Hosts::default()).await?;
+        let (addresses, ttl) = self.addresses(&full, &mut Hosts::default()).await.ok()?;
         for ip in addresses {
             // Ignored where it is no member's: a name brings nobody in.
             let saw = Saw::Named { address: SocketAddr::new(ip, port), name: Arc::clone(name) };

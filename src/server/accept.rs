@@ -32,13 +32,21 @@ pub async fn serve<S: Service + 'static>(
     accepting: Accepting,
     drain: drain::Watch,
 ) {
-    accept_until_closed(&listener, index, &service, &accepting, &drain).await;
+    let no_more_come = accept_until_closed(&listener, index, &service, &accepting, &drain).await;
     // Whoever the kernel has shaken hands with is a client that thinks it is connected. Asked
     // directly: the runtime's readiness may lag behind the kernel's queue.
     let Ok(listener) = listener.into_std() else { return };
-    while let Ok(place) = std::sync::Arc::clone(&accepting.places).try_acquire_owned() {
+    loop {
         match listener.accept() {
             Ok((stream, peer)) => {
+                let places = std::sync::Arc::clone(&accepting.places);
+                // Over the limit they wait as before; where others keep coming, that has no end.
+                let place = if no_more_come {
+                    places.acquire_owned().await.ok()
+                } else {
+                    places.try_acquire_owned().ok()
+                };
+                let Some(place) = place else { return };
                 if stream.set_nonblocking(true).is_ok()
                     && let Ok(stream) = TcpStream::from_std(stream)
                 {
@@ -51,34 +59,36 @@ pub async fn serve<S: Service + 'static>(
     }
 }
 
+/// Returns whether nobody can join the kernel's queue any more.
 async fn accept_until_closed<S: Service + 'static>(
     listener: &TcpListener,
     index: usize,
     service: &Rc<S>,
     accepting: &Accepting,
     drain: &drain::Watch,
-) {
+) -> bool {
     let mut closing = std::pin::pin!(async {
         drain.started().await;
         // Closing a listener resets the connections that nobody has accepted yet, so first no
-        // new ones may come about. Where the filter can't be set, that moment stays as short as
-        // the loop below makes it.
-        let last =
-            if listener::refuse_handshakes(listener).is_ok() { HANDSHAKES } else { Duration::ZERO };
-        tokio::time::sleep(last).await;
+        // new ones may come about. Where the filter can't be set, some may be reset.
+        let refuses = listener::refuse_handshakes(listener).is_ok();
+        if refuses {
+            tokio::time::sleep(HANDSHAKES).await;
+        }
+        refuses
     });
     loop {
         // Over the limit, new connections wait in the kernel's backlog.
         let place = tokio::select! {
             biased;
-            () = &mut closing => break,
+            refuses = &mut closing => return refuses,
             place = std::sync::Arc::clone(&accepting.places).acquire_owned() => place,
         };
-        let Ok(place) = place else { break };
+        let Ok(place) = place else { return false };
         let accepted = tokio::select! {
             biased;
             accepted = listener.accept() => accepted,
-            () = &mut closing => break,
+            refuses = &mut closing => return refuses,
         };
         match accepted {
             Ok((stream, peer)) => accepting.start(stream, peer, index, service, drain, place),

@@ -294,3 +294,29 @@ async fn the_number_of_connections_changes_live() {
         assert_eq!(answer.expect("it has a place").expect("an answer").status, 200);
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_of_connections_meets_a_closing_listener() {
+    let gate = Gate::start().await;
+    let mut address = gate.address();
+    for turn in 0..2 {
+        let clients: Vec<_> = (0..48)
+            .map(|_| {
+                tokio::spawn(async move {
+                    // Until it is refused: but whoever is connected is answered.
+                    while let Ok(mut conn) = Conn::open(address).await {
+                        let answer = conn.request("GET", "/nothing", "", b"").await;
+                        assert_eq!(answer.expect("an answer").status, 404);
+                    }
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let to = if turn % 2 == 0 { OTHER } else { LISTENER };
+        let moved = gate.running().reload(config(&gate, LISTENER, to)).await.expect("applied");
+        for client in clients {
+            client.await.expect("nobody is reset");
+        }
+        address = moved.listeners[0];
+    }
+}

@@ -219,15 +219,13 @@ async fn client(
         if stop.load(Relaxed) {
             break;
         }
-        let mut conn = match kept.take() {
-            Some(conn) => conn,
-            None => match Conn::open(address).await {
-                Ok(conn) => conn,
-                Err(_) => {
-                    tally.refused = true;
-                    break;
-                }
-            },
+        let conn = match kept.take() {
+            Some(conn) => Ok(conn),
+            None => Conn::open(address).await,
+        };
+        let Ok(mut conn) = conn else {
+            tally.refused = true;
+            break;
         };
         let id = format!("load-{}-{n}-{turn}", address.port());
         let (method, target) = match turn % 3 {
@@ -354,7 +352,7 @@ async fn a_listener_that_moves_under_load_loses_no_request() {
     std::fs::write(&path, moved).expect("it can be written");
     process.until("it moves", |log| log.contains("no longer listening")).await;
     let log = process.log();
-    let new = log.lines().filter_map(|line| line.rsplit_once("address=127.0.0.2:")).next();
+    let new = log.lines().find_map(|line| line.rsplit_once("address=127.0.0.2:"));
     let new = format!("127.0.0.2:{}", new.expect("it says where").1.trim());
     let new = new.parse().expect("an address");
     let there = Load::start(new);
