@@ -35,6 +35,14 @@ impl Load {
     }
 }
 
+impl Drop for Load {
+    fn drop(&mut self) {
+        // The node has left, and its pool with it. Another incarnation of that name tells anew.
+        self.cells.idle.set(0);
+        self.cells.in_flight.set(0);
+    }
+}
+
 /// Whatever outlives a change of configuration, shared by all workers.
 #[derive(Clone, Debug)]
 pub struct Shared {
@@ -134,7 +142,11 @@ impl Cluster {
 
     /// Closes connections to nodes that have been idle for too long.
     pub(super) fn prune(&self, now: Instant) {
-        self.upstreams.each(|node| node.prune(now));
+        self.upstreams.each(|node| {
+            node.prune(now);
+            node.load.cells.idle.set(node.idle() as u64);
+            node.load.cells.in_flight.set(node.gate.inside() as u64);
+        });
     }
 }
 

@@ -4,6 +4,7 @@ mod dns;
 mod gate;
 mod http;
 mod leaving;
+mod metrics;
 mod process;
 mod reads;
 mod refusals;
