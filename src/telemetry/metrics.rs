@@ -1190,7 +1190,7 @@ mod tests {
             probed_healthy: true,
             admitted: None,
             local: false,
-            progress: std::sync::Arc::default(),
+            progress: Arc::default(),
         };
         let topology = Topology { nodes: vec![node], ..Topology::default() };
         let (_publisher, reader) = watch::channel(topology);
