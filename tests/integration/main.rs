@@ -2,6 +2,7 @@
 
 mod dns;
 mod gate;
+mod house;
 mod http;
 mod leaving;
 mod metrics;
