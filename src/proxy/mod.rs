@@ -45,7 +45,7 @@ mod account;
 mod attempt;
 mod body;
 mod cluster;
-mod headers;
+pub mod headers;
 mod hold;
 mod refusal;
 mod relay;
