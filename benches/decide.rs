@@ -53,6 +53,7 @@ fn topology(nodes: u64) -> Topology {
         admitted: None,
         progress: std::sync::Arc::default(),
         local: false,
+        near: false,
     };
     Topology {
         primary: Some(NodeId(0)),

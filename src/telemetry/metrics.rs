@@ -1190,6 +1190,7 @@ mod tests {
             probed_healthy: true,
             admitted: None,
             local: false,
+            near: false,
             progress: Arc::default(),
         };
         let topology = Topology { nodes: vec![node], ..Topology::default() };
