@@ -165,6 +165,7 @@ fn topology(topology: &Topology) -> Value {
             "healthy": node.is_healthy(now),
             "ejected": node.record.is_ejected(now),
             "local": node.local,
+            "near": node.near,
         })
     });
     json!({

@@ -17,7 +17,10 @@ use crate::{
     discovery::{self, Discovery},
     proxy::{Hold, Shared},
     server::listener,
-    telemetry::{access_log::AccessLog, metrics::Metrics},
+    telemetry::{
+        access_log::AccessLog,
+        metrics::{Metrics, Standing},
+    },
     topology,
 };
 use worker::{Command, Outfit, limits, work};
@@ -279,6 +282,7 @@ impl Control {
             .iter()
             .map(|cluster| observe(cluster, None, Arc::clone(&metrics)))
             .collect();
+        metrics.ask(standings(&clusters));
         let admin = Arc::new(Admin::new(Arc::clone(&metrics), seen(&clusters), &config));
         let opened = config.listeners.iter().zip(&sockets).map(|(listener, sockets)| {
             Ok(Opened { config: listener.clone(), bound: Some(address_of(sockets)?) })
@@ -453,6 +457,7 @@ impl Control {
             }
         }
         self.config = Arc::new(config);
+        self.metrics.ask(standings(&self.clusters));
         self.admin.update(seen(&self.clusters), &self.config);
         for (index, worker) in self.workers.iter().enumerate() {
             let _ = worker.commands.send(Command::Use(Box::new(self.outfit(index)))).await;
@@ -564,6 +569,17 @@ fn observe(
         discovery: discovery::start(cluster, seed, hostname, cells, counted),
         hold: Hold::new(&cluster.hold),
     }
+}
+
+/// What a scrape asks of each cluster.
+fn standings(
+    clusters: &[Watched],
+) -> impl Iterator<Item = (Arc<str>, impl Fn() -> Standing + Send + Sync + use<>)> {
+    clusters.iter().map(|watched| {
+        let hold = Arc::clone(&watched.hold);
+        let ask = move || Standing { held: hold.waiting(), held_bytes: hold.bytes() };
+        (Arc::clone(&watched.config.name), ask)
+    })
 }
 
 fn seen(clusters: &[Watched]) -> Vec<(Arc<str>, topology::watch::Reader)> {

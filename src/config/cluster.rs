@@ -85,7 +85,7 @@ pub struct Lookup {
     pub resolvers: Vec<SocketAddr>,
 }
 
-/// `{ name, address }`
+/// `{ name, address, api, zone }`
 #[derive(Clone, Debug, PartialEq)]
 pub struct StaticNode {
     /// `name`: the instance name.
@@ -94,6 +94,10 @@ pub struct StaticNode {
     pub address: SocketAddr,
     /// `api`: this node's LiteFS API, where it is not on the node's IP with the source's port.
     pub api: Option<SocketAddr>,
+    /// `zone`: where it runs, by whatever names the operator gives to zones.
+    pub zone: Option<Arc<str>>,
+    /// Whether that is `server.zone`.
+    pub near: bool,
 }
 
 /// `primary`: who is primary.

@@ -134,6 +134,14 @@ fn root(entries: Vec<Entry>, end: usize, faults: &Faults) -> Option<Config> {
     } else {
         root.missing("[cluster.NAME]", "add one: [cluster.app] with port, members and primary");
     }
+    let here = server.as_ref().and_then(|server| server.zone.clone());
+    for cluster in &mut clusters {
+        if let Members::Static(nodes) = &mut cluster.members {
+            for node in nodes {
+                node.near = here.is_some() && node.zone == here;
+            }
+        }
+    }
     clusters.sort_by(|a, b| a.name.cmp(&b.name));
     let mut routes = Vec::new();
     for (index, value) in root.list("route").into_iter().enumerate() {
@@ -183,7 +191,8 @@ fn server(mut section: Section) -> Option<Server> {
         delay: drain.duration("delay", Duration::ZERO),
         timeout: drain.duration("timeout", secs(30)),
     };
-    Some(Server { workers, drain })
+    let zone = section.text("zone").filter(|zone| !zone.is_empty()).map(Arc::from);
+    Some(Server { workers, zone, drain })
 }
 
 const fn secs(n: u64) -> Duration {
@@ -430,7 +439,9 @@ fn static_node(mut table: Section, port: u16) -> Option<StaticNode> {
     if address.is_none() {
         table.missing("address", "the node's IP address");
     }
-    Some(StaticNode { name: name?.into(), address: address?, api })
+    let zone = table.text("zone").map(Arc::from);
+    // Compared once this process's own is known.
+    Some(StaticNode { name: name?.into(), address: address?, api, zone, near: false })
 }
 
 fn primary(section: &mut Section) -> Vec<RoleSource> {

@@ -70,7 +70,7 @@ impl Config {
             (cluster.name.to_string(), value)
         });
         serde_json::json!({
-            "server": { "workers": self.server.workers.get() },
+            "server": { "workers": self.server.workers.get(), "zone": self.server.zone.as_deref() },
             "listeners": self.listeners.iter().map(|l| l.address.to_string()).collect::<Vec<_>>(),
             "clusters": serde_json::Value::Object(clusters.collect()),
             "routes": self.routes.iter().map(|r| format!("{r:?}")).collect::<Vec<_>>(),

@@ -33,7 +33,7 @@ pub fn schema() -> Value {
                 "type": words(&["dns", "srv", "static"]),
                 "name": text,
                 "resolvers": texts,
-                "nodes": { "type": "array", "items": table(json!({ "name": text, "address": text, "api": text })) },
+                "nodes": { "type": "array", "items": table(json!({ "name": text, "address": text, "api": text, "zone": text })) },
             },
         },
         "primary": { "anyOf": [source, { "type": "array", "items": source }] },
@@ -72,6 +72,7 @@ pub fn schema() -> Value {
     }));
     let mut root = table(json!({
         "server": table(json!({
+            "zone": text,
             "workers": { "anyOf": [{ "const": "auto" }, { "type": "integer", "minimum": 1 }] },
             "drain": table(json!({ "delay": duration, "timeout": duration })),
         })),

@@ -1,6 +1,6 @@
 //! `[server]`: the process.
 
-use std::{num::NonZeroUsize, time::Duration};
+use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 /// `[server]`
 #[derive(Clone, Debug, PartialEq)]
@@ -8,6 +8,8 @@ pub struct Server {
     /// `workers`: data-plane threads, each with its own listener sockets and connections to nodes.
     /// `"auto"`: the cores this process may use, cgroup quota respected.
     pub workers: NonZeroUsize,
+    /// `zone`: where this process runs. Reads go to fresh replicas of the same zone first.
+    pub zone: Option<Arc<str>>,
     /// `drain`
     pub drain: Drain,
 }

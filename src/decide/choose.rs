@@ -4,7 +4,7 @@
 //! it now, else one that is waited for a little, else the primary.
 //!
 //! A write goes to the primary of the snapshot, a read to the cheapest node of the best tier that
-//! has one: fresh replicas, then the primary (where `reads` lets it), then replicas over the soft
+//! has one: fresh replicas (those of this zone first, where zones are known), then the primary (where `reads` lets it), then replicas over the soft
 //! lag limit, then nodes of which nothing is known. Ejections are overlooked where they would
 //! leave nobody: a proxy that refuses everything helps nobody. A replica over `max_lag` serves
 //! only while nobody is primary: then nothing newer is being acknowledged anywhere, and the
@@ -68,6 +68,8 @@ pub enum Why {
     Replica,
     /// The one beside us.
     Local,
+    /// The cheapest fresh replica of this zone.
+    SameZone,
     /// The primary, since no replica can serve, or every node may.
     PrimaryReads,
     /// Behind, but nobody better is there.
@@ -91,6 +93,7 @@ impl Why {
             Self::Primary => "primary",
             Self::Replica => "replica",
             Self::Local => "local",
+            Self::SameZone => "same-zone",
             Self::PrimaryReads => "primary-reads",
             Self::Behind => "behind",
             Self::Unknown => "unknown-role",
@@ -254,13 +257,16 @@ impl View<'_> {
         let fresh = |node: &Node| node.freshness == Freshness::Fresh;
         let near = |node: &Node| node.freshness != Freshness::TooFar;
         type Tier<'t> = (Why, &'t dyn Fn(&Node) -> bool);
-        let tiers: [Tier<'_>; 7] = [
+        let tiers: [Tier<'_>; 8] = [
             (Why::Local, &|n| {
                 self.rules.prefer == Prefer::Local
                     && n.local
                     && (replica(n) || (all && primary(n)))
                     && well(n)
                     && fresh(n)
+            }),
+            (Why::SameZone, &|n| {
+                n.near && (replica(n) || (all && primary(n))) && well(n) && fresh(n)
             }),
             (Why::Replica, &|n| (replica(n) || (all && primary(n))) && well(n) && fresh(n)),
             (Why::PrimaryReads, &|n| primary_may && primary(n) && well(n)),
@@ -272,7 +278,11 @@ impl View<'_> {
         // Nodes that this request has not tried, then, if there is no other, one that it has.
         for again in [false, true] {
             for (why, tier) in &tiers {
-                let picked = self.pick(|node| tier(node) && (again || !self.tried(node)));
+                let fits = |node: &Node| tier(node) && (again || !self.tried(node));
+                // A zone without a free place is no reason to wait while others have some.
+                let picked = self.pick(fits).filter(|index| {
+                    *why != Why::SameZone || !self.loads.get(*index).is_some_and(|load| load.full)
+                });
                 if let Some(index) = picked {
                     return Ok(Choice::Node { index, why: *why });
                 }
@@ -340,6 +350,7 @@ mod tests {
             admitted: None,
             progress: std::sync::Arc::default(),
             local: false,
+            near: false,
         }
     }
 
@@ -537,6 +548,31 @@ mod tests {
     }
 
     #[test]
+    fn a_zone_without_a_free_place_or_a_fresh_replica_is_left() {
+        let near = |change: fn(&mut Node)| {
+            with(|t| {
+                t.nodes[2].near = true;
+                change(&mut t.nodes[2]);
+            })
+        };
+        let reads = rules(Reads::PreferReplicas);
+        let full = [Load::default(), Load::default(), Load { full: true, ..Load::default() }];
+        for (case, topology, loads, index, why) in [
+            ("of this zone", near(|_| {}), &[][..], 2, Why::SameZone),
+            ("full", near(|_| {}), &full, 1, Why::Replica),
+            ("behind", near(|n| n.freshness = Freshness::Behind), &[], 1, Why::Replica),
+            ("unwell", near(|n| n.probed_healthy = false), &[], 1, Why::Replica),
+        ] {
+            for chance in [0, u64::MAX, 1 << 31] {
+                let (request, history) = (request(Class::Read), History::default());
+                let now = Instant::now();
+                let choice = choose(&request, &topology, &history, &reads, loads, chance, now);
+                assert_eq!(choice, Ok(Choice::Node { index, why }), "{case}");
+            }
+        }
+    }
+
+    #[test]
     fn the_less_loaded_of_two_is_taken() {
         let load = |in_flight| Load { in_flight, latency: 0.01, ..Load::default() };
         let loads = [load(0), load(9), load(1)];
@@ -559,6 +595,56 @@ mod tests {
     }
 
     proptest! {
+        /// A zone decides among equals only: it changes neither whether there is an answer nor
+        /// how good the node is.
+        #[test]
+        fn a_zone_decides_among_fresh_replicas_only(
+            shape in proptest::collection::vec((any_node(), any::<bool>(), any::<bool>()), 0..7),
+            chance: u64, reads in 0..4u8, was_tried in 0..7u64, write: bool,
+        ) {
+            let mut topology = Topology::default();
+            let mut loads = Vec::new();
+            for (n, ((role, fresh, member, well), near, full)) in shape.into_iter().enumerate() {
+                let role = [Role::Replica, Role::Unknown, Role::Replica][usize::from(role)];
+                let mut node = node(NodeId(n as u64), if n == 0 { Role::Primary } else { role });
+                node.presence = if member { Presence::Member } else { Presence::Draining };
+                node.freshness =
+                    [Freshness::Fresh, Freshness::Behind, Freshness::TooFar][usize::from(fresh)];
+                (node.probed_healthy, node.near) = (well, near);
+                topology.nodes.push(node);
+                loads.push(Load { full, ..Load::default() });
+            }
+            topology.primary = topology.nodes.first().map(|node| node.id);
+            let mut zoneless = topology.clone();
+            zoneless.nodes.iter_mut().for_each(|node| node.near = false);
+            let reads = [Reads::PreferReplicas, Reads::Replicas, Reads::All, Reads::Primary][usize::from(reads)];
+            let (rules, history) = (rules(reads), tried(&[NodeId(was_tried)]));
+            let request = request(if write { Class::Write } else { Class::Read });
+            let now = Instant::now();
+            let ask = |topology| choose(&request, topology, &history, &rules, &loads, chance, now);
+            match (ask(&topology), ask(&zoneless)) {
+                (Ok(Choice::Node { index, why: Why::SameZone }), without) => {
+                    let node = &topology.nodes[index];
+                    prop_assert!(node.near && !loads[index].full && node.is_healthy(now));
+                    prop_assert_eq!(node.freshness, Freshness::Fresh);
+                    let why = without.map(|choice| match choice {
+                        Choice::Node { why, .. } => Some(why),
+                        Choice::Hold(_) => None,
+                    });
+                    prop_assert_eq!(why, Ok(Some(Why::Replica)));
+                }
+                (with, without) => {
+                    prop_assert_eq!(with, without);
+                    let best = topology.nodes.iter().zip(&loads).filter(|(node, load)| {
+                        node.near && !load.full && node.role == Role::Replica
+                            && node.presence == Presence::Member && node.is_healthy(now)
+                            && node.freshness == Freshness::Fresh && node.id != NodeId(was_tried)
+                    });
+                    prop_assert!(write || reads == Reads::Primary || best.count() == 0);
+                }
+            }
+        }
+
         #[test]
         fn whatever_the_cluster_looks_like(
             shape in proptest::collection::vec(any_node(), 0..6),

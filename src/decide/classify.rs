@@ -300,6 +300,7 @@ mod tests {
             admitted: None,
             progress: std::sync::Arc::default(),
             local: false,
+            near: false,
         };
         let topology = Topology { nodes: vec![node], ..Topology::default() };
         let (a, prefer) = (Wanted::Node(NodeId(7)), Wanted::Prefer(NodeId(7)));

@@ -342,6 +342,7 @@ mod tests {
             admitted: None,
             progress: Arc::default(),
             local: false,
+            near: false,
         };
         let nodes = vec![node(A, "a", Role::Primary), node(B, "b", Role::Replica)];
         Topology { primary: Some(A), nodes, ..Topology::default() }

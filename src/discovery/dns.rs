@@ -66,7 +66,8 @@ pub(super) async fn members(lookup: Lookup, port: Option<u16>, observer: Observe
         asker.refresh.mark_unchanged();
         let found = match port {
             Some(port) => asker.addresses(&lookup.name, &mut hosts).await.ok().map(|(ips, ttl)| {
-                let at = |ip| Member { address: SocketAddr::new(ip, port), name: None };
+                let at =
+                    |ip| Member { address: SocketAddr::new(ip, port), name: None, near: false };
                 (ips.into_iter().map(at).collect(), ttl)
             }),
             None => asker.service(&lookup.name, &mut services).await,
@@ -254,8 +255,11 @@ impl Asker {
                 let ips = known.get(target).map(Hosts::all).unwrap_or_default();
                 let instance = first_label(target);
                 let name = is_label(instance).then(|| Arc::from(instance));
-                let at =
-                    move |ip| Member { address: SocketAddr::new(ip, *port), name: name.clone() };
+                let at = move |ip| Member {
+                    address: SocketAddr::new(ip, *port),
+                    name: name.clone(),
+                    near: false,
+                };
                 ips.into_iter().map(at)
             })
             .collect();

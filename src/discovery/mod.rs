@@ -105,6 +105,7 @@ pub fn start(
         let member = |node: &StaticNode| Member {
             address: node.address,
             name: Some(Arc::clone(&node.name)),
+            near: node.near,
         };
         let saw = Saw::Members(nodes.iter().map(member).collect());
         let now = Instant::now().into_std();

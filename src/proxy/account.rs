@@ -96,6 +96,7 @@ impl Account {
         let began = self.conn.request_began();
         let now = self.conn.response_ended();
         let duration = now.saturating_duration_since(began);
+        self.shard.request_ended(self.conn.origin.listener);
         let facts = &mut self.facts;
         self.shard.request_finished(&Finished {
             listener: self.conn.origin.listener,

@@ -140,8 +140,12 @@ pub(super) async fn run(
 }
 
 async fn open(node: &Node, limit: Duration) -> Result<Box<Connection<RequestBody>>, Failure> {
+    let began = Instant::now();
     match Connection::open(node.address, limit).await {
-        Ok(connection) => Ok(Box::new(connection)),
+        Ok(mut connection) => {
+            connection.counted(node.load.cells.connected(began.elapsed()));
+            Ok(Box::new(connection))
+        }
         Err(error) => {
             tracing::debug!(node = %node.name, address = %node.address, %error, "cannot connect");
             Err(Failure { kind: error.kind(), written: false })

@@ -54,6 +54,14 @@ impl Load {
     }
 }
 
+impl Drop for Load {
+    fn drop(&mut self) {
+        // The node has left, and its pool with it. Another incarnation of that name tells anew.
+        self.cells.idle.set(0);
+        self.cells.in_flight.set(0);
+    }
+}
+
 /// Whatever outlives a change of configuration, shared by all workers.
 #[derive(Clone, Debug)]
 pub struct Shared {
@@ -134,6 +142,12 @@ impl Cluster {
     pub(super) fn cookie(&self, secure: bool) -> &str {
         let [plain, host] = &self.cookies;
         if secure { host } else { plain }
+    }
+
+    /// Whether what tokens are signed with is known.
+    pub(super) fn has_key(&self) -> bool {
+        self.config.consistency.key.is_some()
+            || self.topology.borrow_mut().latest().cluster_id.is_some()
     }
 
     /// What tokens are signed with. Until the cluster has told its id, its name stands for it.
@@ -269,7 +283,9 @@ impl Cluster {
             });
         });
         let need = session.and_then(|session| session.need.as_ref());
-        if need.is_some() || demands.staleness.is_some() {
+        if session.is_some_and(|session| session.unread) {
+            loads.iter_mut().for_each(|load| load.reach = Reach::NotYet);
+        } else if need.is_some() || demands.staleness.is_some() {
             let primary = topology.primary().map(|node| node.progress.get());
             for (load, node) in loads.iter_mut().zip(&topology.nodes) {
                 let positions = node.progress.get();
@@ -295,7 +311,11 @@ impl Cluster {
 
     /// Closes connections to nodes that have been idle for too long.
     pub(super) fn prune(&self, now: Instant) {
-        self.upstreams.each(|node| node.prune(now));
+        self.upstreams.each(|node| {
+            node.prune(now);
+            node.load.cells.idle.set(node.idle() as u64);
+            node.load.cells.in_flight.set(node.gate.inside() as u64);
+        });
     }
 }
 

@@ -39,7 +39,7 @@ use crate::{
     server::{Conn, Origin},
     telemetry::{
         access_log::{Line, Sink, Tried},
-        metrics::{HoldOutcome, ReplayOutcome, Shard},
+        metrics::{HoldOutcome, ReplayOutcome, RetryRefusal, Shard},
     },
     topology::{PrimaryGap, Role, Saw, Source, Topology},
 };
@@ -49,7 +49,7 @@ mod acknowledge;
 mod attempt;
 mod body;
 mod cluster;
-mod headers;
+pub mod headers;
 mod hold;
 mod refusal;
 mod relay;
@@ -158,6 +158,7 @@ impl Proxy {
         conn: &Rc<Conn>,
         request: Request<Incoming>,
     ) -> Response<ResponseBody> {
+        let began = self.shard.request_began(conn.origin.listener);
         let (parts, body) = request.into_parts();
         let line = self.log.as_ref().map(|_| Line::of(&parts.uri, parts.version, &parts.headers));
         let html = relay::prefers_html(&parts.headers);
@@ -182,6 +183,8 @@ impl Proxy {
             fields: acknowledge::Fields::new(),
         };
         let answer = self.answer(&mut walk, body).await;
+        // The account tells when it ends. Until here, a client that leaves takes this along.
+        began.answered();
         let received = walk.upload.as_ref().map_or(0, Upload::received);
         let mut facts = Facts {
             method: walk.method,
@@ -293,9 +296,17 @@ impl Proxy {
                 self.shard.held(cluster.index, outcome, waited);
                 result?;
                 now = Instant::now();
-                if let Some(session) = &mut walk.session {
-                    session.judge_again(cluster).await;
-                    request.demands.position &= session.need.is_some();
+                match &mut walk.session {
+                    Some(session) if session.unread => {
+                        walk.session =
+                            session::of(&walk.headers, trusted, cluster, cookie, &mut request)
+                                .await?;
+                    }
+                    Some(session) => {
+                        session.judge_again(cluster).await;
+                        request.demands.position &= session.need.is_some();
+                    }
+                    None => {}
                 }
             }
             let session = walk.session.as_deref();
@@ -668,13 +679,17 @@ impl Proxy {
         let may_retry = || {
             let allowed = cluster.budget.borrow_mut().retry(Instant::now().into_std());
             if !allowed {
-                self.shard.retry_refused(cluster.index);
+                self.shard.retry_refused(cluster.index, RetryRefusal::Budget);
             }
             allowed
         };
+        let failed = match outcome {
+            Outcome::Failed(failure) => Some(failure),
+            _ => None,
+        };
         let mut topology = cluster.topology.borrow_mut();
         let topology = topology.latest();
-        decide::next::next(
+        let next = decide::next::next(
             request,
             history,
             outcome,
@@ -682,7 +697,15 @@ impl Proxy {
             &cluster.next,
             replayable,
             may_retry,
-        )
+        );
+        if let (Err(_), Some(failure)) = (&next, failed) {
+            if !replayable {
+                self.shard.retry_refused(cluster.index, RetryRefusal::Body);
+            } else if request.class == Class::Write && failure.written && !request.idempotent {
+                self.shard.retry_refused(cluster.index, RetryRefusal::MaybeExecuted);
+            }
+        }
+        next
     }
 
     /// Makes a node's answer the client's.

@@ -27,6 +27,9 @@ pub(super) struct Session {
     pub(super) need: Option<Need>,
     /// Its write was lost in a failover, and it is told so with this answer.
     pub(super) lost: bool,
+    /// The cluster has not told its id yet, so that nobody can say what a token is worth: until
+    /// then only the primary is sure to be far enough.
+    pub(super) unread: bool,
     /// LiteFS's cookie asks for what will never be: it must not reach a node.
     pub(super) drop_txid: bool,
     /// Until when a replica is waited for. Set when that begins.
@@ -67,7 +70,9 @@ pub(super) async fn of(
     let mut session = Session::default();
     if has_token && asked != Consistency::Any {
         let carried = token::carried(headers, cookie);
-        if let Some(text) = carried.token {
+        if carried.token.is_some() && rules.mode == Mode::Token && !cluster.has_key() {
+            session.unread = true;
+        } else if let Some(text) = carried.token {
             match cluster.read_token(text) {
                 Ok(Token::Need(need)) => session.judge(cluster, need).await,
                 Ok(Token::Affinity(until)) => request.demands.primary = unix_millis() < until,
@@ -75,18 +80,19 @@ pub(super) async fn of(
             }
         }
         if session.need.is_none()
+            && !session.unread
             && let Some(text) = carried.txid
         {
             session.judge_txid(cluster, text).await;
         }
     }
     if request.class == Class::Read {
-        request.demands.position = session.need.is_some();
+        request.demands.position = session.need.is_some() || session.unread;
         if asked == Consistency::Primary && request.wanted == Wanted::Any {
             request.wanted = Wanted::Primary;
         }
     }
-    let is_empty = session.need.is_none() && !session.lost && !session.drop_txid;
+    let is_empty = session.need.is_none() && !session.lost && !session.unread && !session.drop_txid;
     let is_idle = is_empty && request.demands == Demands::default();
     Ok((!is_idle).then(|| Box::new(session)))
 }

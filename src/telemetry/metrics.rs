@@ -11,7 +11,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::{Method, StatusCode};
@@ -21,7 +21,7 @@ use crate::{
         Class, FailureKind, Problem,
         token::{TokenRead, Void},
     },
-    topology::{Change, Freshness, Presence, Role, watch},
+    topology::{Change, Freshness, Node, Presence, PrimaryGap, Role, Topology, watch},
 };
 
 /// Nodes with counters of their own; later ones share the last place, named `other`.
@@ -42,7 +42,7 @@ const ALL_CODES: usize = CODES.len() + MORE_CODES.len();
 const BUCKETS: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const CLASSES: [&str; 3] = ["read", "write", "none"];
-const FAILURES: [FailureKind; 7] = [
+const FAILURE_KINDS: [FailureKind; 7] = [
     FailureKind::ConnectRefused,
     FailureKind::ConnectTimeout,
     FailureKind::NodeFull,
@@ -51,6 +51,145 @@ const FAILURES: [FailureKind; 7] = [
     FailureKind::ResponseTimeout,
     FailureKind::BadResponse,
 ];
+
+/// One family of series, as it is declared once for the scrape and for the operator's page.
+#[derive(Debug)]
+pub struct Family {
+    name: &'static str,
+    kind: &'static str,
+    /// Closed sets of words, or names from configuration and discovery; nothing of a client's.
+    labels: &'static [&'static str],
+    help: &'static str,
+}
+
+macro_rules! families {
+    ($($id:ident = $kind:ident $name:literal [$($label:literal),*] $help:literal;)*) => {
+        $(const $id: &Family = &Family {
+            name: $name, kind: stringify!($kind), labels: &[$($label),*], help: $help,
+        };)*
+        /// All of them, in the order of the operator's page.
+        pub const FAMILIES: &[&Family] = &[$($id),*];
+    };
+}
+
+families! {
+    REQUESTS = counter "litegate_http_requests_total" ["cluster", "class", "method", "code"]
+        "Requests answered. Without a cluster: those that found no route, or never became requests.";
+    REQUEST_DURATION = histogram "litegate_http_request_duration_seconds" ["cluster", "class"]
+        "From a request's first byte to the end of its answer.";
+    IN_FLIGHT = gauge "litegate_http_requests_in_flight" ["listener"]
+        "Requests whose answer is not complete yet, held ones included.";
+    ABANDONED = counter "litegate_http_requests_abandoned_total" ["listener"]
+        "Requests whose client left before there was an answer.";
+    REQUEST_BYTES = counter "litegate_http_request_bytes_total" ["listener"]
+        "Bytes of request bodies.";
+    RESPONSE_BYTES = counter "litegate_http_response_bytes_total" ["listener"]
+        "Bytes of response bodies.";
+    CONNECTIONS = gauge "litegate_downstream_connections" ["listener"]
+        "Clients connected.";
+    TUNNELS = gauge "litegate_tunnels" []
+        "Upgraded connections, WebSockets among them.";
+    PROBLEMS = counter "litegate_problems_total" ["problem"]
+        "Answers that litegate made itself, by the words of problems.md.";
+    ATTEMPTS = counter "litegate_upstream_requests_total" ["cluster", "node", "code"]
+        "Attempts that a node answered, by class of status.";
+    FAILURES = counter "litegate_upstream_failures_total" ["cluster", "node", "reason"]
+        "Attempts that a node did not answer.";
+    ATTEMPT_DURATION = histogram "litegate_upstream_request_duration_seconds" ["cluster", "node"]
+        "From an attempt's begin to its response head.";
+    ATTEMPTS_IN_FLIGHT = gauge "litegate_upstream_requests_in_flight" ["cluster", "node"]
+        "Attempts that hold a place on the node, as of the last second.";
+    CONNECT_DURATION = histogram "litegate_upstream_connect_duration_seconds" ["cluster", "node"]
+        "How long connecting took, where it worked. Its count is the connections created.";
+    UPSTREAM_CONNECTIONS = gauge "litegate_upstream_connections" ["cluster", "node", "state"]
+        "Connections to nodes, tunnels not counted; idle ones as of the last second.";
+    RETRIES = counter "litegate_retries_total" ["cluster", "class"]
+        "Requests sent again after a failure.";
+    RETRIES_SKIPPED = counter "litegate_retries_skipped_total" ["cluster", "reason"]
+        "Failed attempts after which there was no retry: over the budget, the body was gone, or a write may have run.";
+    REPLAYS = counter "litegate_replays_total" ["cluster", "outcome"]
+        "Answers with fly-replay.";
+    CACHES_IGNORED = counter "litegate_replay_caches_ignored_total" ["cluster"]
+        "Replays that were to be remembered, which litegate has no use for.";
+    REPLAY_BUFFER = gauge "litegate_replay_buffer_bytes" []
+        "Request bodies kept for a replay, as of the last second.";
+    HELD = gauge "litegate_held_requests" ["cluster"]
+        "Requests that wait for a primary now.";
+    HELD_BYTES = gauge "litegate_held_bytes" ["cluster"]
+        "What their bodies may take together.";
+    HOLD_OUTCOMES = counter "litegate_hold_outcomes_total" ["cluster", "outcome"]
+        "Requests that waited for a primary.";
+    HOLD_DURATION = histogram "litegate_hold_duration_seconds" ["cluster"]
+        "How long requests waited for a primary.";
+    TOKENS_ISSUED = counter "litegate_tokens_issued_total" ["cluster"]
+        "Tokens given to clients after their writes.";
+    TOKENS_INVALID = counter "litegate_tokens_invalid_total" ["cluster", "reason"]
+        "Tokens that counted for nothing.";
+    TOKEN_READS = counter "litegate_token_reads_total" ["cluster", "decision"]
+        "Reads with a token, by how they found a node that is far enough: a replica at once (`fresh`) or after a wait (`waited`), or the `primary`.";
+    TOKEN_WAIT = histogram "litegate_token_wait_seconds" ["cluster"]
+        "How long reads with a token waited for a replica.";
+    EXACT_POSITIONS = counter "litegate_exact_positions_total" ["cluster"]
+        "Times that a primary's exact position was asked for; those who ask at once share a reading.";
+    WITHOUT_POSITION = counter "litegate_writes_without_position_total" ["cluster"]
+        "Writes after which nobody could say how far the primary was: their clients' reads go to it for a while.";
+    WRITES_LOST = counter "litegate_acknowledged_writes_lost_total" ["cluster"]
+        "Acknowledged writes that the next primary did not have, at most, of those that went through this litegate.";
+    DURABILITY_WAITS = counter "litegate_durability_waits_total" ["cluster", "outcome"]
+        "Writes whose answer waited for replicas.";
+    NODES_BY_STATE = gauge "litegate_nodes" ["cluster", "role", "state"]
+        "Nodes by role and state.";
+    PRIMARY_KNOWN = gauge "litegate_primary_known" ["cluster"]
+        "Whether there is a primary.";
+    IS_PRIMARY = gauge "litegate_is_primary" ["cluster", "node"]
+        "Whether litegate sends writes to it.";
+    PRIMARY_CHANGES = counter "litegate_primary_changes_total" ["cluster"]
+        "Primaries seen to follow another.";
+    TERM = gauge "litegate_term" ["cluster"]
+        "Primary changes seen by this process.";
+    SPLIT_BRAIN = gauge "litegate_split_brain" ["cluster"]
+        "Whether two nodes claim to be primary and nothing settles it.";
+    MEMBERS_STALE = gauge "litegate_members_stale" ["cluster"]
+        "Whether the members could not be listed last time.";
+    DNS_LOOKUPS = counter "litegate_dns_lookups_total" ["cluster", "result"]
+        "DNS look-ups, one for both families of addresses: `answered`, `nxdomain`, `empty`, `timeout` or `failed`.";
+    OBSERVATIONS_DROPPED = counter "litegate_observations_dropped_total" ["cluster"]
+        "News of nodes that came faster than it could be folded; newer news followed.";
+    NODE_HEALTHY = gauge "litegate_node_healthy" ["cluster", "node"]
+        "Whether its active probe passes.";
+    NODE_EJECTED = gauge "litegate_node_ejected" ["cluster", "node"]
+        "Whether it is out of balancing after failures.";
+    NODE_LAG = gauge "litegate_node_lag_seconds" ["cluster", "node"]
+        "How far it is behind, as last seen; NaN where nobody says.";
+    NODE_TOO_FAR = gauge "litegate_node_too_far_behind" ["cluster", "node"]
+        "Whether its lag keeps it from serving reads.";
+    NODE_EJECTIONS = counter "litegate_node_ejections_total" ["cluster"]
+        "Nodes taken out of balancing.";
+    NODE_RESTARTS = counter "litegate_node_restarts_total" ["cluster"]
+        "Nodes seen to be another process.";
+    RELOADS = counter "litegate_config_reloads_total" ["result"]
+        "Reloads of the configuration.";
+    RELOAD_SUCCESSFUL = gauge "litegate_config_last_reload_successful" []
+        "Whether the last reload was applied.";
+    RELOAD_TIMESTAMP = gauge "litegate_config_last_reload_success_timestamp_seconds" []
+        "When a configuration was last applied, at the start or by a reload.";
+    LOG_DROPPED = counter "litegate_access_log_dropped_total" []
+        "Access-log lines dropped because they were not written fast enough.";
+    WORKERS = gauge "litegate_workers" []
+        "Data-plane threads.";
+    BUILD_INFO = gauge "litegate_build_info" ["version"]
+        "Always 1.";
+    START_TIME = gauge "process_start_time_seconds" []
+        "When the process started.";
+    CPU = counter "process_cpu_seconds_total" []
+        "CPU time, user and system.";
+    RESIDENT = gauge "process_resident_memory_bytes" []
+        "Resident memory.";
+    OPEN_FDS = gauge "process_open_fds" []
+        "Open file descriptors.";
+    MAX_FDS = gauge "process_max_fds" []
+        "The most that there may be.";
+}
 
 /// A counter or gauge that one thread writes.
 #[derive(Debug, Default)]
@@ -132,25 +271,7 @@ pub enum HoldOutcome {
     Overflow,
 }
 
-const VOIDS: [&str; Void::ALL.len()] = {
-    let mut words = [""; Void::ALL.len()];
-    let mut i = 0;
-    while i < words.len() {
-        words[i] = Void::ALL[i].as_str();
-        i += 1;
-    }
-    words
-};
-const TOKEN_READS: [&str; TokenRead::ALL.len()] = {
-    let mut words = [""; TokenRead::ALL.len()];
-    let mut i = 0;
-    while i < words.len() {
-        words[i] = TokenRead::ALL[i].as_str();
-        i += 1;
-    }
-    words
-};
-const HOLD_OUTCOMES: [&str; 3] = ["resumed", "timeout", "overflow"];
+const HOLD_OUTCOME_WORDS: [&str; 3] = ["resumed", "timeout", "overflow"];
 
 /// What happened to a `fly-replay` answer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -162,6 +283,19 @@ pub enum ReplayOutcome {
     /// It was answered with a problem.
     Refused,
 }
+
+/// Why there was no retry.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum RetryRefusal {
+    /// The budget is spent.
+    Budget,
+    /// The body can't be sent again.
+    Body,
+    /// The write may have run.
+    MaybeExecuted,
+}
+
+const RETRY_REFUSALS: [&str; 3] = ["budget", "body", "maybe_executed"];
 
 const REPLAY_OUTCOMES: [&str; 3] = ["followed", "held", "refused"];
 
@@ -221,6 +355,8 @@ pub struct Shard {
 #[derive(Debug, Default)]
 struct ListenerCells {
     connections: Cell,
+    in_flight: Cell,
+    abandoned: Cell,
     received: Cell,
     sent: Cell,
 }
@@ -230,12 +366,11 @@ struct ClusterCells {
     requests: Box<[Cell]>,
     durations: [Histogram; CLASSES.len()],
     retried: [Cell; 2],
-    retry_refused: Cell,
+    retry_refused: [Cell; RETRY_REFUSALS.len()],
     replays: [Cell; 3],
     caches_ignored: Cell,
     holds: [Cell; 3],
     hold_duration: Histogram,
-    /// Tokens and positions: see [`Consistency`].
     consistency: Consistency,
 }
 
@@ -265,7 +400,7 @@ impl ClusterCells {
             requests: (0..cells).map(|_| Cell::default()).collect(),
             durations: Default::default(),
             retried: Default::default(),
-            retry_refused: Cell::default(),
+            retry_refused: Default::default(),
             replays: Default::default(),
             caches_ignored: Cell::default(),
             holds: Default::default(),
@@ -281,9 +416,24 @@ pub struct NodeCells {
     cluster: Arc<str>,
     name: Arc<str>,
     answers: [Cell; 6],
-    failures: [Cell; FAILURES.len()],
+    failures: [Cell; FAILURE_KINDS.len()],
     duration: Histogram,
     connect: Histogram,
+    open: Cell,
+    /// Idle connections.
+    pub idle: Cell,
+    /// Attempts that hold a place.
+    pub in_flight: Cell,
+}
+
+/// A connection to a node, counted as open until this is dropped.
+#[derive(Debug)]
+pub struct Opened(Arc<NodeCells>);
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.0.open.sub(1);
+    }
 }
 
 impl NodeCells {
@@ -298,7 +448,7 @@ impl NodeCells {
                 self.duration.observe(took);
             }
             Err(kind) => {
-                let place = FAILURES.iter().position(|other| *other == kind);
+                let place = FAILURE_KINDS.iter().position(|other| *other == kind);
                 if let Some(cell) = place.and_then(|place| self.failures.get(place)) {
                     cell.add(1);
                 }
@@ -307,8 +457,34 @@ impl NodeCells {
     }
 
     /// A connection to it was made.
-    pub fn connected(&self, took: Duration) {
+    pub fn connected(self: &Arc<Self>, took: Duration) -> Opened {
         self.connect.observe(took);
+        self.open.add(1);
+        Opened(Arc::clone(self))
+    }
+}
+
+/// A request that has come and has no answer yet.
+#[derive(Debug)]
+#[must_use]
+pub struct Began<'s> {
+    shard: &'s Shard,
+    listener: usize,
+}
+
+impl Began<'_> {
+    /// There is an answer: whoever has it says when it ends.
+    pub fn answered(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Began<'_> {
+    fn drop(&mut self) {
+        self.shard.request_ended(self.listener);
+        if let Some((_, cells)) = self.shard.listeners.get(self.listener) {
+            cells.abandoned.add(1);
+        }
     }
 }
 
@@ -324,6 +500,22 @@ impl Shard {
     pub fn connection_closed(&self, listener: usize) {
         if let Some((_, cells)) = self.listeners.get(listener) {
             cells.connections.sub(1);
+        }
+    }
+
+    /// A request has come. It counts as in flight until [`Shard::request_ended`], or until what
+    /// this returns is dropped: then its client left without an answer.
+    pub fn request_began(&self, listener: usize) -> Began<'_> {
+        if let Some((_, cells)) = self.listeners.get(listener) {
+            cells.in_flight.add(1);
+        }
+        Began { shard: self, listener }
+    }
+
+    /// A request whose answer had begun is in flight no longer.
+    pub fn request_ended(&self, listener: usize) {
+        if let Some((_, cells)) = self.listeners.get(listener) {
+            cells.in_flight.sub(1);
         }
     }
 
@@ -369,10 +561,11 @@ impl Shard {
         }
     }
 
-    /// The budget refused a retry.
-    pub fn retry_refused(&self, cluster: usize) {
-        if let Some((_, cells)) = self.clusters.get(cluster) {
-            cells.retry_refused.add(1);
+    /// There was no retry.
+    pub fn retry_refused(&self, cluster: usize, why: RetryRefusal) {
+        let cells = self.clusters.get(cluster).map(|(_, cells)| cells);
+        if let Some(cell) = cells.and_then(|cells| cells.retry_refused.get(why as usize)) {
+            cell.add(1);
         }
     }
 
@@ -422,6 +615,9 @@ impl Shard {
             failures: Default::default(),
             duration: Histogram::default(),
             connect: Histogram::default(),
+            open: Cell::default(),
+            idle: Cell::default(),
+            in_flight: Cell::default(),
         });
         nodes.push(Arc::clone(&cells));
         cells
@@ -460,6 +656,7 @@ pub struct Metrics {
     shards: Mutex<Vec<Arc<Shard>>>,
     changes: Mutex<Vec<(Arc<str>, Changes)>>,
     discovery: Mutex<Vec<(Arc<str>, Arc<DiscoveryCells>)>>,
+    standings: Mutex<Vec<(Arc<str>, Ask)>>,
     reloads: [AtomicU64; 2],
     last_reload: AtomicU64,
     last_reload_failed: AtomicU64,
@@ -476,6 +673,23 @@ struct Changes {
     lost: u64,
 }
 
+/// What is asked of a cluster at a scrape, since nobody counts it as it happens.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Standing {
+    /// Requests that wait.
+    pub held: usize,
+    /// What their bodies may take together.
+    pub held_bytes: usize,
+}
+
+struct Ask(Box<dyn Fn() -> Standing + Send + Sync>);
+
+impl fmt::Debug for Ask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Ask")
+    }
+}
+
 /// A cluster as a scrape sees it.
 pub type Seen = (Arc<str>, watch::Reader);
 
@@ -486,8 +700,9 @@ impl Metrics {
             shards: Mutex::default(),
             changes: Mutex::default(),
             discovery: Mutex::default(),
+            standings: Mutex::default(),
             reloads: [AtomicU64::new(0), AtomicU64::new(0)],
-            last_reload: AtomicU64::new(0),
+            last_reload: AtomicU64::new(unix_now().to_bits()),
             last_reload_failed: AtomicU64::new(0),
             log_dropped: AtomicU64::new(0),
             started: unix_now(),
@@ -540,6 +755,15 @@ impl Metrics {
         cells
     }
 
+    /// Whom to ask for each cluster's [`Standing`] from now on.
+    pub fn ask<F>(&self, clusters: impl IntoIterator<Item = (Arc<str>, F)>)
+    where
+        F: Fn() -> Standing + Send + Sync + 'static,
+    {
+        let all = clusters.into_iter().map(|(name, ask)| (name, Ask(Box::new(ask))));
+        *self.standings.lock().unwrap_or_else(PoisonError::into_inner) = all.collect();
+    }
+
     /// Discovery believes something new.
     pub fn changed(&self, cluster: &Arc<str>, change: &Change) {
         let mut all = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -579,87 +803,72 @@ impl Metrics {
     }
 
     fn process(&self, page: &mut Page, shards: &[Arc<Shard>]) {
-        page.family("litegate_problems_total", "counter", "Answers that litegate made itself.");
+        page.family(PROBLEMS);
         for problem in Problem::ALL {
             let n = sum(shards, |s| s.problems.get(problem.index()).map_or(0, Cell::get));
-            page.line("litegate_problems_total", &[("problem", problem.as_str())], n);
+            page.line(PROBLEMS, &[problem.as_str()], n);
         }
-        page.family("litegate_replay_buffer_bytes", "gauge", "Request bodies kept for a replay.");
-        page.line("litegate_replay_buffer_bytes", &[], sum(shards, |s| s.replay_buffer.get()));
-        page.family("litegate_tunnels", "gauge", "Upgraded connections.");
-        page.line("litegate_tunnels", &[], sum(shards, |s| s.tunnels.get()));
+        page.one(REPLAY_BUFFER, sum(shards, |s| s.replay_buffer.get()));
+        page.one(TUNNELS, sum(shards, |s| s.tunnels.get()));
         let all = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         type Count = fn(&Changes) -> u64;
-        let families: [(&str, &str, Count); 4] = [
-            (
-                "litegate_acknowledged_writes_lost_total",
-                "Acknowledged writes that the next primary did not have, at most.",
-                |c| c.lost,
-            ),
-            ("litegate_primary_changes_total", "Primaries seen to follow another.", |c| c.primary),
-            ("litegate_node_ejections_total", "Nodes taken out of balancing.", |c| c.ejected),
-            ("litegate_node_restarts_total", "Nodes seen to be another process.", |c| c.restarted),
+        let families: [(&Family, Count); 4] = [
+            (WRITES_LOST, |c| c.lost),
+            (PRIMARY_CHANGES, |c| c.primary),
+            (NODE_EJECTIONS, |c| c.ejected),
+            (NODE_RESTARTS, |c| c.restarted),
         ];
-        for (name, help, count) in families {
-            page.family(name, "counter", help);
+        for (family, count) in families {
+            page.family(family);
             for (cluster, changes) in all.iter() {
-                page.line(name, &[("cluster", cluster)], count(changes));
+                page.line(family, &[cluster], count(changes));
             }
         }
         drop(all);
-        let all = self.discovery.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        page.family("litegate_dns_lookups_total", "counter", "DNS look-ups by how they ended.");
-        for (cluster, cells) in &all {
-            for (cell, result) in cells.lookups.iter().zip(LOOKUP_RESULTS) {
-                let labels = [("cluster", &**cluster), ("result", result)];
-                page.line("litegate_dns_lookups_total", &labels, cell.load(Relaxed));
+        let standings = self.standings.lock().unwrap_or_else(PoisonError::into_inner);
+        let standings: Vec<_> =
+            standings.iter().map(|(name, ask)| (name.clone(), ask.0())).collect();
+        type Of = fn(&Standing) -> u64;
+        let families: [(&Family, Of); 2] =
+            [(HELD, |s| s.held as u64), (HELD_BYTES, |s| s.held_bytes as u64)];
+        for (family, of) in families {
+            page.family(family);
+            for (cluster, standing) in &standings {
+                page.line(family, &[cluster], of(standing));
             }
         }
-        page.family(
-            "litegate_observations_dropped_total",
-            "counter",
-            "Observations that found no room: discovery was behind.",
-        );
+        let all = self.discovery.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        page.family(DNS_LOOKUPS);
         for (cluster, cells) in &all {
-            let n = cells.dropped.load(Relaxed);
-            page.line("litegate_observations_dropped_total", &[("cluster", cluster)], n);
+            for (cell, result) in cells.lookups.iter().zip(LOOKUP_RESULTS) {
+                page.line(DNS_LOOKUPS, &[cluster, result], cell.load(Relaxed));
+            }
         }
-        page.family("litegate_config_reloads_total", "counter", "Reloads of the configuration.");
+        page.family(OBSERVATIONS_DROPPED);
+        for (cluster, cells) in &all {
+            page.line(OBSERVATIONS_DROPPED, &[cluster], cells.dropped.load(Relaxed));
+        }
+        page.family(RELOADS);
         for (cell, result) in self.reloads.iter().zip(["applied", "refused"]) {
-            page.line("litegate_config_reloads_total", &[("result", result)], cell.load(Relaxed));
+            page.line(RELOADS, &[result], cell.load(Relaxed));
         }
-        let ok = 1 - self.last_reload_failed.load(Relaxed);
-        page.family(
-            "litegate_config_last_reload_successful",
-            "gauge",
-            "Whether the last reload was applied.",
-        );
-        page.line("litegate_config_last_reload_successful", &[], ok);
-        let last = f64::from_bits(self.last_reload.load(Relaxed));
-        page.family(
-            "litegate_config_last_reload_success_timestamp_seconds",
-            "gauge",
-            "When a reload was last applied.",
-        );
-        page.line("litegate_config_last_reload_success_timestamp_seconds", &[], last);
-        page.family(
-            "litegate_access_log_dropped_total",
-            "counter",
-            "Access-log lines dropped because they were not written fast enough.",
-        );
-        page.line("litegate_access_log_dropped_total", &[], self.log_dropped.load(Relaxed));
-        page.family("litegate_build_info", "gauge", "Always 1.");
-        page.line("litegate_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
-        page.family("process_start_time_seconds", "gauge", "When the process started.");
-        page.line("process_start_time_seconds", &[], self.started);
+        page.one(RELOAD_SUCCESSFUL, 1 - self.last_reload_failed.load(Relaxed));
+        page.one(RELOAD_TIMESTAMP, f64::from_bits(self.last_reload.load(Relaxed)));
+        page.one(LOG_DROPPED, self.log_dropped.load(Relaxed));
+        let mut workers: Vec<usize> = shards.iter().map(|shard| shard.worker).collect();
+        workers.sort_unstable();
+        workers.dedup();
+        page.one(WORKERS, workers.len());
+        page.family(BUILD_INFO);
+        page.line(BUILD_INFO, &[env!("CARGO_PKG_VERSION")], 1);
+        page.one(START_TIME, self.started);
         if let Some((cpu, resident, descriptors)) = process() {
-            page.family("process_cpu_seconds_total", "counter", "CPU time, user and system.");
-            page.line("process_cpu_seconds_total", &[], cpu);
-            page.family("process_resident_memory_bytes", "gauge", "Resident memory.");
-            page.line("process_resident_memory_bytes", &[], resident);
-            page.family("process_open_fds", "gauge", "Open file descriptors.");
-            page.line("process_open_fds", &[], descriptors);
+            page.one(CPU, cpu);
+            page.one(RESIDENT, resident);
+            page.one(OPEN_FDS, descriptors);
         }
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        page.one(MAX_FDS, limit.map_or(f64::INFINITY, |limit| limit as f64));
     }
 }
 
@@ -684,23 +893,21 @@ fn distinct<'s, T: PartialEq>(
 fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
     let listeners = distinct(shards, |s| s.listeners.iter().map(|(name, _)| name).collect());
     type Count = fn(&ListenerCells) -> u64;
-    let families: [(&str, &str, &str, Count); 3] = [
-        ("litegate_downstream_connections", "gauge", "Clients connected.", |c| c.connections.get()),
-        ("litegate_http_request_bytes_total", "counter", "Bytes of request bodies.", |c| {
-            c.received.get()
-        }),
-        ("litegate_http_response_bytes_total", "counter", "Bytes of response bodies.", |c| {
-            c.sent.get()
-        }),
+    let families: [(&Family, Count); 5] = [
+        (CONNECTIONS, |c| c.connections.get()),
+        (IN_FLIGHT, |c| c.in_flight.get()),
+        (ABANDONED, |c| c.abandoned.get()),
+        (REQUEST_BYTES, |c| c.received.get()),
+        (RESPONSE_BYTES, |c| c.sent.get()),
     ];
-    for (name, kind, help, count) in families {
-        page.family(name, kind, help);
+    for (family, count) in families {
+        page.family(family);
         for listener in &listeners {
             let n = sum(shards, |s| {
                 let own = s.listeners.iter().filter(|(name, _)| name == *listener);
                 own.map(|(_, cells)| count(cells)).fold(0, u64::wrapping_add)
             });
-            page.line(name, &[("listener", listener)], n);
+            page.line(family, &[listener], n);
         }
     }
     let clusters = distinct(shards, |s| s.clusters.iter().map(|(name, _)| name).collect());
@@ -708,7 +915,7 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
         let all = shards.iter().flat_map(|s| s.clusters.iter());
         all.filter(|(name, _)| name == cluster).map(|(_, cells)| cells).collect()
     };
-    page.family("litegate_http_requests_total", "counter", "Requests answered.");
+    page.family(REQUESTS);
     for cluster in &clusters {
         let cells = of(cluster);
         for (c, class) in CLASSES.iter().enumerate() {
@@ -718,145 +925,68 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
                     let n: u64 =
                         cells.iter().map(|x| x.requests.get(place).map_or(0, Cell::get)).sum();
                     if n > 0 {
-                        page.line(
-                            "litegate_http_requests_total",
-                            &[
-                                ("cluster", cluster),
-                                ("class", class),
-                                ("method", method),
-                                ("code", &code_name(code)),
-                            ],
-                            n,
-                        );
+                        page.line(REQUESTS, &[cluster, class, method, &code_name(code)], n);
                     }
                 }
             }
         }
     }
-    page.family(
-        "litegate_http_request_duration_seconds",
-        "histogram",
-        "From a request's first byte to the end of its answer.",
-    );
+    page.family(REQUEST_DURATION);
     for cluster in &clusters {
         for (c, class) in CLASSES.iter().enumerate() {
             let cells = of(cluster);
             let histograms: Vec<_> = cells.iter().filter_map(|x| x.durations.get(c)).collect();
-            page.histogram(
-                "litegate_http_request_duration_seconds",
-                &[("cluster", cluster), ("class", class)],
-                &histograms,
-            );
+            page.histogram(REQUEST_DURATION, &[cluster, class], &histograms);
         }
     }
+    let named = || clusters.iter().filter(|name| !name.is_empty());
+    let voids = Void::ALL.map(Void::as_str);
+    let reads = TokenRead::ALL.map(TokenRead::as_str);
     type One = fn(&ClusterCells, usize) -> u64;
-    let families: [(&str, &str, &str, &[&str], One); 7] = [
-        (
-            "litegate_retries_total",
-            "Requests sent again after a failure.",
-            "class",
-            &["read", "write"],
-            |c, i| c.retried.get(i).map_or(0, Cell::get),
-        ),
-        (
-            "litegate_retries_skipped_total",
-            "Retries that were not allowed.",
-            "reason",
-            &["budget"],
-            |c, _| c.retry_refused.get(),
-        ),
-        (
-            "litegate_replays_total",
-            "Answers with fly-replay.",
-            "outcome",
-            &REPLAY_OUTCOMES,
-            |c, i| c.replays.get(i).map_or(0, Cell::get),
-        ),
-        (
-            "litegate_hold_outcomes_total",
-            "Requests that waited for a primary.",
-            "outcome",
-            &HOLD_OUTCOMES,
-            |c, i| c.holds.get(i).map_or(0, Cell::get),
-        ),
-        (
-            "litegate_token_reads_total",
-            "Reads with a token, by how they found a node that is far enough.",
-            "decision",
-            &TOKEN_READS,
-            |c, i| c.consistency.reads.get(i).map_or(0, Cell::get),
-        ),
-        (
-            "litegate_tokens_invalid_total",
-            "Tokens that counted for nothing.",
-            "reason",
-            &VOIDS,
-            |c, i| c.consistency.void.get(i).map_or(0, Cell::get),
-        ),
-        (
-            "litegate_durability_waits_total",
-            "Writes whose answer waited for replicas.",
-            "outcome",
-            &["reached", "timeout"],
-            |c, i| c.consistency.durable.get(i).map_or(0, Cell::get),
-        ),
+    let families: [(&Family, &[&str], One); 7] = [
+        (TOKENS_INVALID, &voids, |c, i| c.consistency.void.get(i).map_or(0, Cell::get)),
+        (TOKEN_READS, &reads, |c, i| c.consistency.reads.get(i).map_or(0, Cell::get)),
+        (DURABILITY_WAITS, &["reached", "timeout"], |c, i| {
+            c.consistency.durable.get(i).map_or(0, Cell::get)
+        }),
+        (RETRIES, &["read", "write"], |c, i| c.retried.get(i).map_or(0, Cell::get)),
+        (RETRIES_SKIPPED, &RETRY_REFUSALS, |c, i| c.retry_refused.get(i).map_or(0, Cell::get)),
+        (REPLAYS, &REPLAY_OUTCOMES, |c, i| c.replays.get(i).map_or(0, Cell::get)),
+        (HOLD_OUTCOMES, &HOLD_OUTCOME_WORDS, |c, i| c.holds.get(i).map_or(0, Cell::get)),
     ];
-    for (name, help, label, values, one) in families {
-        page.family(name, "counter", help);
-        for cluster in clusters.iter().filter(|name| !name.is_empty()) {
+    for (family, values, one) in families {
+        page.family(family);
+        for cluster in named() {
             for (i, value) in values.iter().enumerate() {
                 let n = of(cluster).iter().map(|cells| one(cells, i)).sum::<u64>();
-                page.line(name, &[("cluster", cluster), (label, value)], n);
+                page.line(family, &[cluster, value], n);
             }
         }
     }
-    type Counted = fn(&Consistency) -> &Cell;
-    let counted: [(&str, &str, Counted); 3] = [
-        ("litegate_tokens_issued_total", "Tokens given to clients.", |c| &c.issued),
-        (
-            "litegate_exact_positions_total",
-            "Times that the primary's exact position was asked for; those that ask at once share a reading.",
-            |c| &c.exact,
-        ),
-        (
-            "litegate_writes_without_position_total",
-            "Writes after which nobody could say how far the primary was: their clients' reads go to it for a while.",
-            |c| &c.blind,
-        ),
+    type Counter = fn(&ClusterCells) -> &Cell;
+    let counters: [(&Family, Counter); 4] = [
+        (CACHES_IGNORED, |c| &c.caches_ignored),
+        (TOKENS_ISSUED, |c| &c.consistency.issued),
+        (EXACT_POSITIONS, |c| &c.consistency.exact),
+        (WITHOUT_POSITION, |c| &c.consistency.blind),
     ];
-    for (name, help, one) in counted {
-        page.family(name, "counter", help);
-        for cluster in clusters.iter().filter(|name| !name.is_empty()) {
-            let n = of(cluster).iter().map(|cells| one(&cells.consistency).get()).sum::<u64>();
-            page.line(name, &[("cluster", cluster)], n);
+    for (family, pick) in counters {
+        page.family(family);
+        for cluster in named() {
+            let n = of(cluster).iter().map(|cells| pick(cells).get()).sum::<u64>();
+            page.line(family, &[cluster], n);
         }
     }
-    let name = "litegate_token_wait_seconds";
-    page.family(name, "histogram", "How long reads with a token waited for a replica.");
-    for cluster in clusters.iter().filter(|name| !name.is_empty()) {
-        let cells = of(cluster);
-        let histograms: Vec<_> = cells.iter().map(|cells| &cells.consistency.wait).collect();
-        page.histogram(name, &[("cluster", cluster)], &histograms);
-    }
-    let name = "litegate_replay_caches_ignored_total";
-    page.family(
-        name,
-        "counter",
-        "Replays that were to be remembered, which litegate has no use for.",
-    );
-    for cluster in clusters.iter().filter(|name| !name.is_empty()) {
-        let n = of(cluster).iter().map(|cells| cells.caches_ignored.get()).sum::<u64>();
-        page.line(name, &[("cluster", cluster)], n);
-    }
-    page.family(
-        "litegate_hold_duration_seconds",
-        "histogram",
-        "How long requests waited for a primary.",
-    );
-    for cluster in clusters.iter().filter(|name| !name.is_empty()) {
-        let cells = of(cluster);
-        let histograms: Vec<_> = cells.iter().map(|x| &x.hold_duration).collect();
-        page.histogram("litegate_hold_duration_seconds", &[("cluster", cluster)], &histograms);
+    type Pick = fn(&ClusterCells) -> &Histogram;
+    let histograms: [(&Family, Pick); 2] =
+        [(HOLD_DURATION, |c| &c.hold_duration), (TOKEN_WAIT, |c| &c.consistency.wait)];
+    for (family, pick) in histograms {
+        page.family(family);
+        for cluster in named() {
+            let cells = of(cluster);
+            let parts: Vec<_> = cells.iter().map(|cells| pick(cells)).collect();
+            page.histogram(family, &[cluster], &parts);
+        }
     }
 }
 
@@ -875,47 +1005,40 @@ fn nodes(page: &mut Page, shards: &[Arc<Shard>]) {
     let of = |cluster: &Arc<str>, name: &Arc<str>| -> Vec<&Arc<NodeCells>> {
         all.iter().filter(|n| n.cluster == *cluster && n.name == *name).collect()
     };
-    page.family(
-        "litegate_upstream_requests_total",
-        "counter",
-        "Attempts that a node answered, by class of status.",
-    );
-    for (cluster, name) in &names {
-        for (i, code) in ["1xx", "2xx", "3xx", "4xx", "5xx"].iter().enumerate() {
-            let cells = of(cluster, name);
-            let n: u64 = cells.iter().filter_map(|c| c.answers.get(i + 1)).map(Cell::get).sum();
-            let labels = [("cluster", &**cluster), ("node", &**name), ("code", *code)];
-            page.line("litegate_upstream_requests_total", &labels, n);
+    let failures = FAILURE_KINDS.map(FailureKind::as_str);
+    type One = fn(&NodeCells, usize) -> u64;
+    let families: [(&Family, &[&str], One); 3] = [
+        (ATTEMPTS, &["1xx", "2xx", "3xx", "4xx", "5xx"], |c, i| {
+            c.answers.get(i + 1).map_or(0, Cell::get)
+        }),
+        (FAILURES, &failures, |c, i| c.failures.get(i).map_or(0, Cell::get)),
+        (UPSTREAM_CONNECTIONS, &["open", "idle"], |c, i| {
+            if i == 0 { &c.open } else { &c.idle }.get()
+        }),
+    ];
+    for (family, values, one) in families {
+        page.family(family);
+        for (cluster, name) in &names {
+            for (i, value) in values.iter().enumerate() {
+                let n: u64 = of(cluster, name).iter().map(|cells| one(cells, i)).sum();
+                page.line(family, &[cluster, name, value], n);
+            }
         }
     }
-    page.family(
-        "litegate_upstream_failures_total",
-        "counter",
-        "Attempts that a node did not answer.",
-    );
+    page.family(ATTEMPTS_IN_FLIGHT);
     for (cluster, name) in &names {
-        for (i, kind) in FAILURES.iter().enumerate() {
-            let cells = of(cluster, name);
-            let n: u64 = cells.iter().filter_map(|c| c.failures.get(i)).map(Cell::get).sum();
-            let labels = [("cluster", &**cluster), ("node", &**name), ("reason", kind.as_str())];
-            page.line("litegate_upstream_failures_total", &labels, n);
-        }
+        let n: u64 = of(cluster, name).iter().map(|cells| cells.in_flight.get()).sum();
+        page.line(ATTEMPTS_IN_FLIGHT, &[cluster, name], n);
     }
     type Pick = fn(&NodeCells) -> &Histogram;
-    let families: [(&str, &str, Pick); 2] = [
-        (
-            "litegate_upstream_request_duration_seconds",
-            "From an attempt's begin to its response head.",
-            |c| &c.duration,
-        ),
-        ("litegate_upstream_connect_duration_seconds", "How long connecting took.", |c| &c.connect),
-    ];
-    for (family, help, pick) in families {
-        page.family(family, "histogram", help);
+    let families: [(&Family, Pick); 2] =
+        [(ATTEMPT_DURATION, |c| &c.duration), (CONNECT_DURATION, |c| &c.connect)];
+    for (family, pick) in families {
+        page.family(family);
         for (cluster, name) in &names {
             let cells = of(cluster, name);
             let histograms: Vec<_> = cells.iter().map(|c| pick(c)).collect();
-            page.histogram(family, &[("cluster", cluster), ("node", name)], &histograms);
+            page.histogram(family, &[cluster, name], &histograms);
         }
     }
 }
@@ -923,65 +1046,47 @@ fn nodes(page: &mut Page, shards: &[Arc<Shard>]) {
 fn topology(page: &mut Page, clusters: &mut [Seen]) {
     let seen: Vec<_> =
         clusters.iter_mut().map(|(name, reader)| (&*name, Arc::clone(reader.latest()))).collect();
-    page.family("litegate_nodes", "gauge", "Nodes by role and state.");
+    page.family(NODES_BY_STATE);
     for (cluster, topology) in &seen {
         for role in [Role::Primary, Role::Replica, Role::Unknown] {
             for (state, presence) in
                 [("member", Presence::Member), ("draining", Presence::Draining)]
             {
-                let fits = |n: &&crate::topology::Node| n.role == role && n.presence == presence;
+                let fits = |n: &&Node| n.role == role && n.presence == presence;
                 let n = topology.nodes.iter().filter(fits).count();
-                let labels = [("cluster", &***cluster), ("role", role.as_str()), ("state", state)];
-                page.line("litegate_nodes", &labels, n);
+                page.line(NODES_BY_STATE, &[cluster, role.as_str(), state], n);
             }
         }
     }
-    type Of = fn(&crate::topology::Topology) -> u64;
-    let split = |t: &crate::topology::Topology| {
-        u64::from(t.primary.is_none() && t.primary_gap == crate::topology::PrimaryGap::SplitBrain)
-    };
-    let families: [(&str, &str, Of); 4] = [
-        ("litegate_primary_known", "Whether there is a primary.", |t| {
-            u64::from(t.primary.is_some())
+    type Of = fn(&Topology) -> u64;
+    let families: [(&Family, Of); 4] = [
+        (PRIMARY_KNOWN, |t| u64::from(t.primary.is_some())),
+        (SPLIT_BRAIN, |t| {
+            u64::from(t.primary.is_none() && t.primary_gap == PrimaryGap::SplitBrain)
         }),
-        (
-            "litegate_split_brain",
-            "Whether two nodes claim to be primary and nothing settles it.",
-            split,
-        ),
-        ("litegate_members_stale", "Whether the members could not be listed last time.", |t| {
-            u64::from(t.stale)
-        }),
-        ("litegate_term", "Primary changes seen by this process.", |t| t.term),
+        (MEMBERS_STALE, |t| u64::from(t.stale)),
+        (TERM, |t| t.term),
     ];
-    for (name, help, of) in families {
-        page.family(name, "gauge", help);
+    for (family, of) in families {
+        page.family(family);
         for (cluster, topology) in &seen {
-            page.line(name, &[("cluster", cluster)], of(topology));
+            page.line(family, &[cluster], of(topology));
         }
     }
-    type OfNode = fn(&crate::topology::Node) -> f64;
-    let flag = |yes: bool| if yes { 1.0 } else { 0.0 };
-    let _ = flag;
-    let families: [(&str, &str, OfNode); 4] = [
-        ("litegate_is_primary", "Whether litegate sends writes to it.", |n| {
-            f64::from(u8::from(n.role == Role::Primary))
-        }),
-        ("litegate_node_healthy", "Whether its active probe passes.", |n| {
-            f64::from(u8::from(n.probed_healthy))
-        }),
-        ("litegate_node_lag_seconds", "How far it is behind, as last seen.", |n| {
-            n.lag.map_or(f64::NAN, |lag| lag.as_secs_f64())
-        }),
-        ("litegate_node_too_far_behind", "Whether its lag keeps it from serving reads.", |n| {
-            f64::from(u8::from(n.freshness == Freshness::TooFar))
-        }),
+    let now = tokio::time::Instant::now().into_std();
+    type OfNode = fn(&Node, Instant) -> f64;
+    let families: [(&Family, OfNode); 5] = [
+        (IS_PRIMARY, |n, _| f64::from(u8::from(n.role == Role::Primary))),
+        (NODE_HEALTHY, |n, _| f64::from(u8::from(n.probed_healthy))),
+        (NODE_EJECTED, |n, now| f64::from(u8::from(n.record.is_ejected(now)))),
+        (NODE_LAG, |n, _| n.lag.map_or(f64::NAN, |lag| lag.as_secs_f64())),
+        (NODE_TOO_FAR, |n, _| f64::from(u8::from(n.freshness == Freshness::TooFar))),
     ];
-    for (name, help, of) in families {
-        page.family(name, "gauge", help);
+    for (family, of) in families {
+        page.family(family);
         for (cluster, topology) in &seen {
             for node in &topology.nodes {
-                page.line(name, &[("cluster", cluster), ("node", &node.name)], of(node));
+                page.line(family, &[cluster, &node.name], of(node, now));
             }
         }
     }
@@ -994,14 +1099,38 @@ struct Page {
 }
 
 impl Page {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
+    fn family(&mut self, family: &Family) {
+        let Family { name, kind, help, .. } = family;
         let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
-    fn line(&mut self, name: &str, labels: &[(&str, &str)], value: impl fmt::Display) {
-        self.text.push_str(name);
-        for (i, (label, text)) in labels.iter().enumerate() {
-            let _ = write!(self.text, "{}{label}=\"", if i == 0 { '{' } else { ',' });
+    /// A family without labels.
+    fn one(&mut self, family: &Family, value: impl fmt::Display) {
+        self.family(family);
+        self.line(family, &[], value);
+    }
+
+    /// One series, its labels' values in the order of the declaration.
+    fn line(&mut self, family: &Family, values: &[&str], value: impl fmt::Display) {
+        self.series(family, "", values, None, value);
+    }
+
+    fn series(
+        &mut self,
+        family: &Family,
+        suffix: &str,
+        values: &[&str],
+        le: Option<&str>,
+        value: impl fmt::Display,
+    ) {
+        debug_assert_eq!(values.len(), family.labels.len(), "{}", family.name);
+        self.text.push_str(family.name);
+        self.text.push_str(suffix);
+        let labels = family.labels.iter().copied().zip(values.iter().copied());
+        let mut before = '{';
+        for (label, text) in labels.chain(le.map(|le| ("le", le))) {
+            let _ = write!(self.text, "{before}{label}=\"");
+            before = ',';
             for char in text.chars() {
                 match char {
                     '\\' => self.text.push_str("\\\\"),
@@ -1012,24 +1141,23 @@ impl Page {
             }
             self.text.push('"');
         }
-        let _ = writeln!(self.text, "{} {value}", if labels.is_empty() { "" } else { "}" });
+        let _ = writeln!(self.text, "{} {value}", if before == ',' { "}" } else { "" });
     }
 
-    fn histogram(&mut self, name: &str, labels: &[(&str, &str)], parts: &[&Histogram]) {
+    fn histogram(&mut self, family: &Family, values: &[&str], parts: &[&Histogram]) {
         let at = |i: usize| -> u64 {
             parts.iter().filter_map(|h| h.buckets.get(i)).map(Cell::get).sum()
         };
         let mut cumulative = 0;
-        let bucket = format!("{name}_bucket");
         let bounds = BUCKETS.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
         for (i, bound) in bounds.enumerate() {
             cumulative += at(i);
-            let labels: Vec<_> = labels.iter().copied().chain([("le", &*bound)]).collect();
-            self.line(&bucket, &labels, cumulative);
+            self.series(family, "_bucket", values, Some(&bound), cumulative);
         }
         let nanos: u64 = parts.iter().map(|h| h.nanos.get()).sum();
-        self.line(&format!("{name}_sum"), labels, Duration::from_nanos(nanos).as_secs_f64());
-        self.line(&format!("{name}_count"), labels, cumulative);
+        let seconds = Duration::from_nanos(nanos).as_secs_f64();
+        self.series(family, "_sum", values, None, seconds);
+        self.series(family, "_count", values, None, cumulative);
     }
 }
 
@@ -1095,10 +1223,141 @@ mod tests {
         }
     }
 
+    /// A page on which every family has a series.
+    fn page() -> String {
+        let metrics = Metrics::new();
+        let (listener, cluster) = (Arc::from(":8080"), Arc::from("abaci"));
+        let shard = metrics.shard(0, &[Arc::clone(&listener)], &[Arc::clone(&cluster)]);
+        shard.request_finished(&Finished {
+            listener: 0,
+            cluster: Some(0),
+            class: Some(Class::Read),
+            method: Some(&Method::GET),
+            status: StatusCode::OK,
+            duration: Duration::ZERO,
+            received: 0,
+            sent: 0,
+            problem: None,
+        });
+        let cells = shard.node(0, &Arc::from("abaci-app-0"));
+        let _opened = cells.connected(Duration::from_millis(1));
+        metrics.changed(
+            &cluster,
+            &Change::Primary { from: None, to: Arc::from("a"), term: 1, gap: Duration::ZERO },
+        );
+        metrics.discovery(&cluster);
+        metrics.ask([(Arc::clone(&cluster), Standing::default)]);
+        let node = Node {
+            id: crate::topology::NodeId(1),
+            name: Arc::from("abaci-app-0"),
+            address: "127.0.0.1:1".parse().unwrap(),
+            role: Role::Primary,
+            presence: Presence::Member,
+            lag: None,
+            freshness: Freshness::Fresh,
+            record: crate::topology::eject::Record::default(),
+            probed_healthy: true,
+            admitted: None,
+            local: false,
+            near: false,
+            progress: Arc::default(),
+        };
+        let topology = Topology { nodes: vec![node], ..Topology::default() };
+        let (_publisher, reader) = watch::channel(topology);
+        metrics.render(&mut [(cluster, reader)])
+    }
+
+    #[test]
+    fn every_family_is_declared_once_and_every_series_has_the_declared_labels() {
+        let page = page();
+        let names: Vec<_> = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE "))
+            .map(|line| line.split(' ').next().unwrap())
+            .collect();
+        for family in FAMILIES {
+            assert_eq!(names.iter().filter(|n| **n == family.name).count(), 1, "{}", family.name);
+            assert!(family.kind != "counter" || family.name.ends_with("_total"), "{}", family.name);
+            let start = |line: &&str| {
+                line.strip_prefix(family.name).is_some_and(|rest| {
+                    rest.starts_with(['{', ' '])
+                        || (family.kind == "histogram" && rest.starts_with('_'))
+                })
+            };
+            let mut series = page.lines().filter(start).peekable();
+            assert!(series.peek().is_some(), "{} has no series", family.name);
+            for line in series {
+                let labels = line.split_once('{').map_or("", |(_, rest)| rest);
+                let labels: Vec<_> = labels
+                    .split(['{', ','])
+                    .filter_map(|pair| pair.split_once("=\""))
+                    .map(|(label, _)| label)
+                    .filter(|label| *label != "le")
+                    .collect();
+                assert_eq!(labels, family.labels, "{line}");
+            }
+        }
+        assert_eq!(names.len(), FAMILIES.len());
+    }
+
+    /// The table in `docs/observing.md` is the declaration. `LITEGATE_BLESS=1` rewrites it.
+    #[test]
+    fn the_operators_table_is_the_declaration() {
+        const BEGIN: &str = "<!-- Made from src/telemetry/metrics.rs. -->\n";
+        let mut table = String::from("\n| metric | kind | labels | meaning |\n|---|---|---|---|\n");
+        for Family { name, kind, labels, help } in FAMILIES {
+            let labels: Vec<_> = labels.iter().map(|label| format!("`{label}`")).collect();
+            writeln!(table, "| `{name}` | {kind} | {} | {help} |", labels.join(" ")).unwrap();
+        }
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/observing.md");
+        let page = std::fs::read_to_string(path).unwrap();
+        let (before, _) = page.split_once(BEGIN).expect("the table has a mark");
+        let want = format!("{before}{BEGIN}{table}");
+        if std::env::var_os("LITEGATE_BLESS").is_some() {
+            std::fs::write(path, &want).unwrap();
+        } else {
+            assert_eq!(page, want);
+        }
+    }
+
+    #[test]
+    fn what_has_no_answer_yet_is_in_flight_and_whoever_leaves_is_counted() {
+        let metrics = Metrics::new();
+        let shard = metrics.shard(0, &[Arc::from(":1")], &[]);
+        let (first, second) = (shard.request_began(0), shard.request_began(0));
+        let has = |line: &str| assert!(metrics.render(&mut []).contains(line), "{line}");
+        has("litegate_http_requests_in_flight{listener=\":1\"} 2\n");
+        first.answered();
+        drop(second);
+        has("litegate_http_requests_in_flight{listener=\":1\"} 1\n");
+        has("litegate_http_requests_abandoned_total{listener=\":1\"} 1\n");
+        shard.request_ended(0);
+        has("litegate_http_requests_in_flight{listener=\":1\"} 0\n");
+    }
+
+    #[test]
+    fn a_connection_is_open_until_it_is_dropped() {
+        let metrics = Metrics::new();
+        let shard = metrics.shard(0, &[], &[Arc::from("abaci")]);
+        let cells = shard.node(0, &Arc::from("n"));
+        let (one, two) = (cells.connected(Duration::ZERO), cells.connected(Duration::ZERO));
+        drop(one);
+        let page = metrics.render(&mut []);
+        let labels = "{cluster=\"abaci\",node=\"n\"";
+        for line in [
+            format!("litegate_upstream_connections{labels},state=\"open\"}} 1\n"),
+            format!("litegate_upstream_connect_duration_seconds_count{labels}}} 2\n"),
+        ] {
+            assert!(page.contains(&line), "{line}{page}");
+        }
+        drop(two);
+    }
+
     #[test]
     fn labels_cannot_break_out_of_their_quotes() {
         let mut page = Page::default();
-        page.line("x", &[("a", "b\"c\\d\ne")], 1);
+        let family = Family { name: "x", kind: "gauge", labels: &["a"], help: "" };
+        page.line(&family, &["b\"c\\d\ne"], 1);
         assert_eq!(page.text, "x{a=\"b\\\"c\\\\d\\ne\"} 1\n");
     }
 }

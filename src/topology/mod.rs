@@ -117,6 +117,8 @@ pub struct Node {
     pub admitted: Option<Instant>,
     /// Whether it is the pod that litegate runs beside (`prefer = "local"`).
     pub local: bool,
+    /// Whether it is known to be in the same zone as this process.
+    pub near: bool,
     /// Where its databases are: not part of the snapshot, but always the latest.
     pub progress: Arc<Progress>,
 }
@@ -371,6 +373,8 @@ pub struct Member {
     pub address: SocketAddr,
     /// Its instance name, where the source tells it (SRV, static).
     pub name: Option<Arc<str>>,
+    /// Whether it is known to be in the same zone as this process (static).
+    pub near: bool,
 }
 
 /// What a node says of itself (LiteFS: `/info`, `/events`; `reference/litefs.md` section 2).

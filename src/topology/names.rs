@@ -66,6 +66,7 @@ mod tests {
             admitted: None,
             progress: std::sync::Arc::default(),
             local: false,
+            near: false,
         }
     }
 

@@ -221,6 +221,7 @@ impl State {
             if let Some(known) = self.nodes.get_mut(&member.address) {
                 known.left_at = None;
                 known.node.presence = Presence::Member;
+                known.node.near = member.near;
                 if let Some(name) = &member.name
                     && *name != known.node.name
                 {
@@ -237,6 +238,7 @@ impl State {
             let node = Node {
                 id,
                 local: self.rules.local.as_ref() == Some(&name),
+                near: member.near,
                 name: Arc::clone(&name),
                 address: member.address,
                 role: Role::Unknown,
@@ -567,7 +569,7 @@ mod tests {
     }
 
     fn member(n: u8) -> Member {
-        Member { address: address(n), name: Some(format!("n{n}").into()) }
+        Member { address: address(n), name: Some(format!("n{n}").into()), near: false }
     }
 
     impl Cluster {

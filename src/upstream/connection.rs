@@ -33,6 +33,7 @@ use super::interim;
 use crate::{
     decide::{Failure, FailureKind},
     server::write_vectored,
+    telemetry::metrics::Opened,
 };
 
 /// A connection to a node that carries request bodies of type `B`.
@@ -47,6 +48,8 @@ pub struct Connection<B: Body + 'static> {
     uses: u64,
     /// When it was last put into a pool.
     idle_since: Instant,
+    /// Counts it as open for as long as it is there.
+    opened: Option<Opened>,
 }
 
 /// What is known of the socket below hyper.
@@ -132,7 +135,20 @@ where
             .handshake(io)
             .await
             .map_err(|error| ConnectError::Io(io::Error::other(error)))?;
-        Ok(Self { sender, driver, ended: false, wire, uses: 0, idle_since: Instant::now() })
+        Ok(Self {
+            sender,
+            driver,
+            ended: false,
+            wire,
+            uses: 0,
+            idle_since: Instant::now(),
+            opened: None,
+        })
+    }
+
+    /// Counts it as open from now on, until it is dropped or becomes a tunnel.
+    pub fn counted(&mut self, opened: Opened) {
+        self.opened = Some(opened);
     }
 
     /// The socket's side of it, for the request body that is about to be sent.

@@ -2,8 +2,10 @@
 
 mod dns;
 mod gate;
+mod house;
 mod http;
 mod leaving;
+mod metrics;
 mod process;
 mod reads;
 mod refusals;

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use litegate::testkit::{Options, client};
+use litegate::{
+    testkit::{Options, client},
+    topology::Role,
+};
 
 use crate::gate::Gate;
 
@@ -56,5 +59,25 @@ async fn a_body_that_breaks_off_never_looks_complete() {
         // The end of the connection may come before the head was worth sending.
         let response = client::request(gate.address(), "GET", target, "", b"").await;
         assert!(!response.as_ref().is_ok_and(|r| r.complete), "{target}: {response:?}");
+    }
+}
+
+#[tokio::test]
+async fn reads_stay_in_the_zone_while_it_has_a_replica() {
+    let keys = r#"primary = { type = "litefs", poll = "100ms" }"#;
+    let gate = Gate::edited(Options::default(), keys, |text| {
+        text.replace("workers = 2", "workers = 2\nzone = \"a\"")
+            .replace("{ name = \"app-0\"", "{ zone = \"a\", name = \"app-0\"")
+            .replace("{ name = \"app-1\"", "{ zone = \"b\", name = \"app-1\"")
+            .replace("{ name = \"app-2\"", "{ zone = \"a\", name = \"app-2\"")
+    })
+    .await;
+    gate.until(|topology| topology.nodes.iter().all(|node| node.role != Role::Unknown)).await;
+    for _ in 0..30 {
+        assert_eq!(gate.send("GET", "/whoami", b"").await.text(), "app-2");
+    }
+    gate.cluster.kill(2);
+    for _ in 0..30 {
+        assert_eq!(gate.send("GET", "/whoami", b"").await.text(), "app-1");
     }
 }

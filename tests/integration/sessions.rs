@@ -38,9 +38,10 @@ impl Client {
         fields: &str,
     ) -> Response {
         let pairs: Vec<_> = self.cookies.iter().map(|(n, v)| format!("{n}={v}")).collect();
-        let cookie = match pairs.is_empty() {
-            true => String::new(),
-            false => format!("cookie: {}\r\n", pairs.join("; ")),
+        let cookie = if pairs.is_empty() {
+            String::new()
+        } else {
+            format!("cookie: {}\r\n", pairs.join("; "))
         };
         let fields = format!("{cookie}{fields}");
         let body: &[u8] = if method == "POST" { b"v" } else { b"" };
