@@ -287,7 +287,8 @@ async fn the_number_of_connections_changes_live() {
             waiting.push(conn);
         }
     }
-    assert!((1..=2).contains(&served.len()), "{} of 12", served.len());
+    // Each worker's loop may have taken a place for the next connection before the change.
+    assert!((1..=4).contains(&served.len()), "{} of 12", served.len());
     gate.running().reload(limit(100)).await.expect("applied");
     for conn in &mut waiting {
         let answer = timeout(Duration::from_secs(5), conn.response(false)).await;
