@@ -256,6 +256,23 @@ async fn what_a_lossy_failover_lost_is_found() {
     assert_eq!(run.verdict.count(Breach::Repeated), 0, "{}", report::text(&run, &[]));
 }
 
+#[tokio::test]
+async fn the_document_names_every_breach_and_every_field_of_the_report() {
+    let cluster = Cluster::start(Options::default()).await.expect("loopback has ports");
+    cluster.bug(Some(Bug::Twice));
+    let primary = [cluster.places()[0].proxy];
+    let run = run(settings(&primary), |v| v.count(Breach::Repeated) > 0).await;
+    let document = include_str!("../../docs/verify.md");
+    let report = report::json(&run, &[]);
+    let violation = &report["violations"][0];
+    let levels = [&report, &report["writes"], &report["reads"], violation, &violation["trace"][0]];
+    let fields = levels.into_iter().flat_map(|level| level.as_object().expect("an object").keys());
+    let breaches = Breach::ALL.map(|breach| breach.as_str().to_owned());
+    for name in fields.chain(&breaches) {
+        assert!(document.contains(&format!("`{name}`")), "docs/verify.md does not say `{name}`");
+    }
+}
+
 /// Runs the program.
 async fn verify(arguments: &[&str]) -> (Option<i32>, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_litegate"));
