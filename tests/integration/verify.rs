@@ -157,7 +157,10 @@ async fn litegate_keeps_its_word_while_the_role_moves() {
     second.stop();
     second.join();
     let verdict = &run.verdict;
-    assert!(is_kept(&run), "{}", report::text(&run, &[]));
+    // A token is the position of a client's own last write. What it has only read, on a node that
+    // was ahead, the next replica may not have yet: that is not promised.
+    let conclusion = Conclusion::of(verdict, &[Breach::NonMonotonic]);
+    assert_eq!(conclusion, Conclusion::Kept, "{}", report::text(&run, &[]));
     assert!(verdict.counts.acknowledged >= 600, "{:?}", verdict.counts);
     assert_eq!(verdict.counts.failed_reads, 0, "{:?}", verdict.counts);
     for node in ["app-0", "app-1", "app-2"] {
