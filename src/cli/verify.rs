@@ -90,7 +90,8 @@ pub(super) struct Verify {
     /// How long after the end everything acknowledged may take to show
     #[arg(long, default_value = "10s", value_parser = units::duration)]
     settle: Duration,
-    /// A breach that is reported and does not fail the run; may be given several times
+    /// A breach that is reported and does not fail the run; may be given several times: lost,
+    /// repeated, stale, non-monotonic, phantom, empty, leaked, contradicted
     #[arg(long, value_name = "BREACH", value_parser = breach)]
     allow: Vec<Breach>,
     /// Write the verdict as JSON there; `-` for standard output

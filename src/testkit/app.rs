@@ -1,16 +1,22 @@
 //! The app behind each node's proxy.
 
-use std::{fmt::Write as _, sync::atomic::Ordering, time::Duration};
+use std::{
+    fmt::Write as _,
+    sync::atomic::Ordering,
+    time::{Duration, SystemTime},
+};
 
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::{
     Bug, World,
-    state::{State, Write},
+    state::{State, Write, http_date},
     wire::{Head, Wire},
 };
 
+/// How long LiteFS's cookie lives.
+const COOKIE: Duration = Duration::from_mins(5);
 /// What is said to a write where there is no primary.
 const READONLY: &str = "attempt to write a readonly database";
 
@@ -69,7 +75,11 @@ pub(super) async fn forward(
         Said::Whole { status, mut fields, body } => {
             let txid = world.state().position(node, 0).txid;
             if cookie && txid > 0 {
-                let _ = write!(fields, "Set-Cookie: __txid={txid:016x}; Path=/; HttpOnly\r\n");
+                let expires = http_date(SystemTime::now() + COOKIE);
+                let _ = write!(
+                    fields,
+                    "Set-Cookie: __txid={txid:016x}; Path=/; Expires={expires}; HttpOnly\r\n"
+                );
             }
             let body = if head.method == "HEAD" { Vec::new() } else { body };
             wire.answer(&status, &fields, &body).await

@@ -569,22 +569,56 @@ fn line(database: &str, transaction: &Transaction) -> Arc<str> {
     format!("{}\n", json!({ "type": "tx", "db": database, "data": data })).into()
 }
 
-/// UTC, with milliseconds.
+/// A point in time as people write it, in UTC.
+struct Date {
+    year: u64,
+    /// From 1.
+    month: u64,
+    day: u64,
+    /// From 0, a Sunday.
+    weekday: u64,
+    hour: u64,
+    minute: u64,
+    second: u64,
+    millis: u32,
+}
+
+impl Date {
+    fn of(at: SystemTime) -> Self {
+        let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+        // 1970 began with a Thursday.
+        let weekday = (days + 4) % 7;
+        // Days since 1970 to a date, by eras of 400 years that begin on a 1 March.
+        let days = days + 719_468;
+        let (era, day) = (days / 146_097, days % 146_097);
+        let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+        let day = day - (365 * year + year / 4 - year / 100);
+        let month = (5 * day + 2) / 153;
+        let day = day - (153 * month + 2) / 5 + 1;
+        let month = if month < 10 { month + 3 } else { month - 9 };
+        let year = era * 400 + year + u64::from(month <= 2);
+        let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+        Self { year, month, day, weekday, hour, minute, second, millis: since.subsec_millis() }
+    }
+}
+
+/// With milliseconds, as in `/events`.
 fn rfc3339(at: SystemTime) -> String {
-    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-    // Days since 1970 to a date, by eras of 400 years that begin on a 1 March.
-    let days = days + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = era * 400 + year + u64::from(month <= 2);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    let millis = since.subsec_millis();
+    let Date { year, month, day, hour, minute, second, millis, .. } = Date::of(at);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
+}
+
+/// As in a cookie's `Expires`.
+pub(super) fn http_date(at: SystemTime) -> String {
+    let Date { year, month, day, weekday, hour, minute, second, .. } = Date::of(at);
+    let part = |names: &'static str, n: u64| {
+        let start = usize::try_from(n).unwrap_or(0) * 3;
+        names.get(start..start + 3).unwrap_or_default()
+    };
+    let weekday = part("SunMonTueWedThuFriSat", weekday);
+    let month = part("JanFebMarAprMayJunJulAugSepOctNovDec", month.saturating_sub(1));
+    format!("{weekday}, {day:02} {month} {year:04} {hour:02}:{minute:02}:{second:02} GMT")
 }
 
 #[cfg(test)]
@@ -716,5 +750,7 @@ mod tests {
         assert_eq!(rfc3339(at(0)), "1970-01-01T00:00:00.000Z");
         assert_eq!(rfc3339(at(951_826_154_007)), "2000-02-29T12:09:14.007Z");
         assert_eq!(rfc3339(at(1_798_675_199_999)), "2026-12-30T23:59:59.999Z");
+        // The example of RFC 9110, section 5.6.7.
+        assert_eq!(http_date(at(784_111_777_000)), "Sun, 06 Nov 1994 08:49:37 GMT");
     }
 }

@@ -16,7 +16,7 @@
 //! Writes whose end is unknown may be there once, or not at all, or come later. A client that is
 //! told of lost writes (`Litegate-Write-Lost`) starts anew: what it saw before does not bind its
 //! reads any more, and those writes of its own that turn out lost are counted as announced, which
-//! is no breach.
+//! is no breach. Nor is it one that others, whom nobody told, had seen them.
 //!
 //! Each value that a client misses in a list is one breach, however often it is missed.
 //!
@@ -134,7 +134,7 @@ pub struct Violation {
     pub value: Option<Value>,
     /// In words.
     pub text: String,
-    /// What happened to this key, and by this client, before. Only the first violation has one.
+    /// What happened to this key, and by this client, before.
     pub trace: Vec<Step>,
 }
 
@@ -157,6 +157,8 @@ pub struct Counts {
     pub failed_reads: u64,
     /// Acknowledged writes that are gone, and whose client was told so.
     pub lost_announced: u64,
+    /// Reads of others that had shown such a write, and then did not any more.
+    pub lost_announced_seen: u64,
     /// The longest that a write took.
     pub longest_write: Duration,
     /// The longest that a read took.
@@ -248,6 +250,8 @@ pub struct Judge {
     books: BTreeMap<Key, Book>,
     clients: BTreeMap<u32, Client>,
     steps: VecDeque<Step>,
+    /// How often a value was missed by clients that had seen it.
+    missed: BTreeMap<Value, u64>,
 }
 
 impl Judge {
@@ -454,8 +458,23 @@ impl Judge {
             };
             let text =
                 format!("client {client} does not see {value} in {key}{shows}, though it {had}");
+            if because == Because::Seen {
+                *self.missed.entry(value).or_default() += 1;
+            }
             self.violated(breach, at, client, key, Some(value), text);
         }
+    }
+
+    /// The value was lost, and its writer told so: that others miss it follows from that.
+    fn excuse(&mut self, value: Value) {
+        let Some(missed) = self.missed.remove(&value) else { return };
+        self.verdict.counts.lost_announced_seen += missed;
+        let is_excused = |v: &Violation| v.breach == Breach::NonMonotonic && v.value == Some(value);
+        self.verdict.violations.retain(|violation| !is_excused(violation));
+        if let Some(count) = self.verdict.breaches.get_mut(&Breach::NonMonotonic) {
+            *count = count.saturating_sub(missed);
+        }
+        self.verdict.breaches.retain(|_, count| *count > 0);
     }
 
     fn last(&mut self, at: Duration, key: Key, values: &[Value]) {
@@ -479,6 +498,7 @@ impl Judge {
             let told = self.clients.get(&value.client).and_then(|client| client.told_lost);
             if told.is_some_and(|told| told > acknowledged) {
                 self.verdict.counts.lost_announced += 1;
+                self.excuse(value);
                 continue;
             }
             let when = acknowledged.as_secs_f64();
@@ -501,8 +521,7 @@ impl Judge {
         if self.verdict.violations.len() >= MORE {
             return;
         }
-        let is_first = self.verdict.violations.is_empty();
-        let trace = if is_first { self.trace(client, key, value) } else { Vec::new() };
+        let trace = self.trace(client, key, value);
         let violation = Violation { breach, at, client, key, value, text, trace };
         self.verdict.violations.push(violation);
     }

@@ -95,8 +95,12 @@ pub fn text(run: &Run, allowed: &[Breach]) -> String {
         let _ = writeln!(page, "ended early: a run has at most {} writes", super::WRITES);
     }
     if counts.lost_announced > 0 {
-        let n = counts.lost_announced;
-        let _ = writeln!(page, "{n} acknowledged writes were lost, and their clients told so");
+        let _ = writeln!(
+            page,
+            "{} acknowledged writes were lost, and their clients told so; {} reads of others had \
+             shown them",
+            counts.lost_announced, counts.lost_announced_seen,
+        );
     }
     if verdict.unread > 0 {
         let n = verdict.unread;
@@ -203,6 +207,7 @@ pub fn json(run: &Run, allowed: &[Breach]) -> Json {
             "ambiguous_there": counts.ambiguous_there,
             "denied": counts.denied,
             "lost_announced": counts.lost_announced,
+            "lost_announced_seen": counts.lost_announced_seen,
             "longest_seconds": counts.longest_write.as_secs_f64(),
         },
         "reads": {

@@ -22,4 +22,5 @@ mod failover;
 mod fixture;
 mod members;
 mod reads;
+mod verify;
 mod writes;

