@@ -15,7 +15,7 @@ use crate::{
     admin::{self, Admin},
     config::{self, Config, listener::Listener},
     discovery::{self, Discovery},
-    proxy::{Hold, Shared},
+    proxy::{Hold, LastWrites, Shared},
     server::listener,
     telemetry::{
         access_log::AccessLog,
@@ -211,6 +211,7 @@ struct Watched {
     config: config::cluster::Cluster,
     discovery: Discovery,
     hold: Arc<Hold>,
+    last_writes: Arc<LastWrites>,
 }
 
 /// The control plane.
@@ -346,6 +347,7 @@ impl Control {
             topology: watched.discovery.reader.clone(),
             observer: watched.discovery.observer.clone(),
             hold: Arc::clone(&watched.hold),
+            last_writes: Arc::clone(&watched.last_writes),
         });
         Outfit {
             config: Arc::clone(&self.config),
@@ -437,7 +439,7 @@ impl Control {
                     let seed = Arc::clone(watched.discovery.reader.latest());
                     let next = observe(cluster, Some(&seed), Arc::clone(&self.metrics));
                     watched.hold.reconfigure(&cluster.hold);
-                    Watched { hold: watched.hold, ..next }
+                    Watched { hold: watched.hold, last_writes: watched.last_writes, ..next }
                 }
                 None => observe(cluster, None, Arc::clone(&self.metrics)),
             };
@@ -568,6 +570,7 @@ fn observe(
         config: cluster.clone(),
         discovery: discovery::start(cluster, seed, hostname, cells, counted),
         hold: Hold::new(&cluster.hold),
+        last_writes: Arc::default(),
     }
 }
 

@@ -23,7 +23,7 @@ use super::{
     limits::Limits,
     listener::Listener,
     reader::{self, Entry, Faults, Kind, Section, Value},
-    route::{Class, HeaderMatch, Host, Path as RoutePath, Route},
+    route::{Class, HeaderMatch, Host, Path as RoutePath, Route, Scope},
     server::{Drain, Server},
 };
 
@@ -169,6 +169,7 @@ fn catch_all() -> Route {
         cluster: 0,
         idempotent: false,
         allow_trace: false,
+        causal: None,
         index: None,
     }
 }
@@ -668,6 +669,14 @@ fn route(mut section: Section, index: usize, clusters: &[Cluster]) -> Option<Rou
     let class = section.word("class", &classes, Class::Auto);
     let idempotent = section.boolean("idempotent", false);
     let allow_trace = section.boolean("allow_trace", false);
+    let causal = section.take("causal").and_then(|value| match &value.kind {
+        Kind::Text(word) if word == "path" => Some(Scope::Path),
+        Kind::Integer(n @ 0..=32) => usize::try_from(*n).ok().map(Scope::Segments),
+        _ => {
+            section.wrong("causal", &value, "\"path\" or a number of segments up to 32", None);
+            None
+        }
+    });
     let names: Vec<_> = clusters.iter().map(|cluster| &*cluster.name).collect();
     let wanted = format!("one of {}", names.join(", "));
     let cluster = match section.take("cluster") {
@@ -692,7 +701,25 @@ fn route(mut section: Section, index: usize, clusters: &[Cluster]) -> Option<Rou
     };
     let cluster = cluster?;
     let index = Some(index);
-    Some(Route { host, path, method, header, class, cluster, idempotent, allow_trace, index })
+    let is_blind = clusters.get(cluster).is_some_and(|c| c.consistency.mode != Mode::Token);
+    if causal.is_some() && is_blind {
+        let place = section.place.clone();
+        let message = "`causal` needs to know the nodes' positions".to_owned();
+        let help = Some("the cluster needs consistency mode \"token\"".to_owned());
+        section.fault(&place, message, "in this route".into(), help);
+    }
+    Some(Route {
+        host,
+        path,
+        method,
+        header,
+        class,
+        cluster,
+        idempotent,
+        allow_trace,
+        causal,
+        index,
+    })
 }
 
 fn path(section: &mut Section) -> RoutePath {

@@ -21,8 +21,19 @@ pub struct Route {
     pub idempotent: bool,
     /// `allow_trace`: TRACE requests are passed on instead of refused.
     pub allow_trace: bool,
+    /// `causal`: whose reads see the last write that went through this litegate.
+    pub causal: Option<Scope>,
     /// The place in the file, counted from 0, for logs. `None`: the built-in catch-all.
     pub index: Option<usize>,
+}
+
+/// `causal`: what a write and a read have to have in common.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Scope {
+    /// `"path"`: the whole path.
+    Path,
+    /// A number: so many segments at the path's beginning.
+    Segments(usize),
 }
 
 /// One entry of `host`, lower-cased.

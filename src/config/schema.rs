@@ -94,6 +94,7 @@ pub fn schema() -> Value {
             "header": { "type": "array", "items": table(json!({ "name": text, "value": text })) },
             "class": words(&["auto", "read", "write"]),
             "cluster": text, "idempotent": boolean, "allow_trace": boolean,
+            "causal": { "anyOf": [words(&["path"]), { "type": "integer", "minimum": 0, "maximum": 32 }] },
         })) },
     }));
     root["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");

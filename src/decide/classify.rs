@@ -170,6 +170,7 @@ mod tests {
             cluster: 0,
             idempotent: false,
             allow_trace: false,
+            causal: None,
             index: None,
         }
     }

@@ -2,7 +2,7 @@
 
 use http::{HeaderMap, Method};
 
-use crate::config::route::{HeaderMatch, Host, Path, Route};
+use crate::config::route::{HeaderMatch, Host, Path, Route, Scope};
 
 /// What is known of a request before anything is decided.
 #[derive(Clone, Copy, Debug)]
@@ -111,6 +111,26 @@ fn has_header(headers: &HeaderMap, wanted: &HeaderMatch) -> bool {
     }
 }
 
+/// What `path` has in common with others on a route whose reads see each other's writes, as a hash
+/// (FNV-1a): the route, and as much of the path as `scope` says.
+pub fn scope(scope: Scope, route: Option<usize>, path: &str) -> u64 {
+    let kept = match scope {
+        Scope::Path => path,
+        Scope::Segments(most) => {
+            let ends = path.match_indices('/').map(|(at, _)| at).filter(|at| *at > 0);
+            let end = ends.chain([path.len()]).take(most).last().unwrap_or(0);
+            path.get(..end).unwrap_or(path)
+        }
+    };
+    let route = (route.unwrap_or(usize::MAX) as u64).to_le_bytes();
+    route
+        .into_iter()
+        .chain(kept.trim_end_matches('/').bytes())
+        .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,6 +146,7 @@ mod tests {
             cluster: 0,
             idempotent: false,
             allow_trace: false,
+            causal: None,
             index: Some(0),
         }
     }
@@ -237,5 +258,20 @@ mod tests {
             let longer = format!("{path}x");
             proptest::prop_assert!(!is_glob(longer.as_bytes(), path.as_bytes()));
         }
+    }
+
+    #[test]
+    fn a_scope_is_a_path_or_its_first_segments() {
+        let hash = |of, path| scope(of, Some(1), path);
+        let same = |of, a, b| hash(of, a) == hash(of, b);
+        assert!(same(Scope::Path, "/a/b", "/a/b/"));
+        assert!(!same(Scope::Path, "/a/b", "/a/c"));
+        assert!(same(Scope::Segments(1), "/a/b", "/a/c/d"));
+        assert!(same(Scope::Segments(1), "/a", "/a/c"));
+        assert!(!same(Scope::Segments(1), "/a/b", "/b/b"));
+        assert!(same(Scope::Segments(2), "/a/b/c", "/a/b"));
+        assert!(!same(Scope::Segments(2), "/a/b/c", "/a/c/c"));
+        assert!(same(Scope::Segments(0), "/a", "/b"), "everything on the route");
+        assert!(scope(Scope::Path, Some(1), "/a") != scope(Scope::Path, Some(2), "/a"));
     }
 }

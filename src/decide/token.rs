@@ -45,6 +45,15 @@ pub struct Need {
 }
 
 impl Need {
+    /// Whether it is further along the same lineage than `other`.
+    pub fn is_after(&self, other: &Self) -> bool {
+        self.lineage == other.lineage
+            && other.databases.iter().all(|(database, theirs)| {
+                let ours = self.databases.iter().find(|(known, _)| known == database);
+                ours.is_some_and(|(_, ours)| ours.txid >= theirs.txid)
+            })
+    }
+
     /// Whether a node's history contains all of it.
     pub fn reach(&self, positions: &Positions) -> Reach {
         self.databases.iter().fold(Reach::Reached, |reach, (database, needed)| {

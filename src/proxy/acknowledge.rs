@@ -48,6 +48,8 @@ pub(super) struct To<'a> {
     pub(super) cookie: &'a str,
     /// Whether the client came by https.
     pub(super) secure: bool,
+    /// Where others see it, on a route that says so.
+    pub(super) scope: Option<u64>,
 }
 
 impl To<'_> {
@@ -58,6 +60,9 @@ impl To<'_> {
         let wanted = self.cluster.config.durability.replicas;
         let need =
             if rules.mode == Mode::Token || wanted > 0 { self.position().await } else { None };
+        if let Some(scope) = self.scope {
+            self.cluster.last_writes.note(scope, need.clone(), Instant::now().into_std());
+        }
         match (&need, rules.mode) {
             (_, Mode::Off) => {}
             (Some(need), Mode::Token) => {

@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     attempt::Node,
     body::RequestBody,
+    causal::LastWrites,
     hold::Hold,
     session::{Session, cookie_name, unix_millis},
 };
@@ -21,7 +22,7 @@ use crate::{
     decide::{
         self, Demands,
         balance::PeakEwma,
-        token::{Key, Need, Token, TokenRead, Void},
+        token::{Key, Token, TokenRead, Void},
     },
     discovery::Observer,
     telemetry::metrics::{Consistency, NodeCells, Shard},
@@ -71,6 +72,8 @@ pub struct Shared {
     pub observer: Observer,
     /// Who waits.
     pub hold: Arc<Hold>,
+    /// What was written last where.
+    pub last_writes: Arc<LastWrites>,
 }
 
 /// One cluster as one worker serves it.
@@ -83,6 +86,7 @@ pub(super) struct Cluster {
     pub(super) topology: RefCell<watch::Reader>,
     pub(super) observer: Observer,
     pub(super) hold: Arc<Hold>,
+    pub(super) last_writes: Arc<LastWrites>,
     /// The primary's lane: so many writes at once, the others in order.
     pub(super) writes: Rc<Gate>,
     pub(super) budget: RefCell<decide::budget::Budget>,
@@ -129,6 +133,7 @@ impl Cluster {
             topology: RefCell::new(shared.topology),
             observer: shared.observer,
             hold: shared.hold,
+            last_writes: shared.last_writes,
             upstreams: Upstreams::new(limits),
             turn: Cell::new(0),
             shard,
@@ -223,8 +228,8 @@ impl Cluster {
         });
     }
 
-    /// Waits until a replica that may serve has reached `need`, or the time is up.
-    pub(super) async fn reached(&self, need: &Need, until: Instant) {
+    /// Waits until a replica that may serve has what `session` needs, or the time is up.
+    pub(super) async fn reached(&self, session: &Session, until: Instant) {
         let mut reader = self.topology.borrow().clone();
         let bell = Arc::clone(&reader.latest().bell);
         // Without a place to wait the primary is asked at once.
@@ -236,7 +241,7 @@ impl Cluster {
                 node.role == Role::Replica
                     && node.presence == Presence::Member
                     && node.is_healthy(began.into_std())
-                    && need.reach(&node.progress.get()) == Reach::Reached
+                    && session.reach(&node.progress.get()) == Reach::Reached
             });
             if is_there {
                 break;
@@ -282,14 +287,13 @@ impl Cluster {
                 ..decide::balance::Load::default()
             });
         });
-        let need = session.and_then(|session| session.need.as_ref());
         if session.is_some_and(|session| session.unread) {
             loads.iter_mut().for_each(|load| load.reach = Reach::NotYet);
-        } else if need.is_some() || demands.staleness.is_some() {
+        } else if session.is_some_and(Session::needs) || demands.staleness.is_some() {
             let primary = topology.primary().map(|node| node.progress.get());
             for (load, node) in loads.iter_mut().zip(&topology.nodes) {
                 let positions = node.progress.get();
-                load.reach = need.map_or(Reach::Reached, |need| need.reach(&positions));
+                load.reach = session.map_or(Reach::Reached, |session| session.reach(&positions));
                 load.age = match &primary {
                     Some(primary) if !primary.is_empty() && !positions.is_empty() => {
                         let behind = positions.behind(primary, now.into_std()).time;

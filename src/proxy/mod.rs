@@ -23,7 +23,7 @@ use self::{
     relay::Own,
     session::Session,
 };
-pub use self::{cluster::Shared, hold::Hold, relay::ResponseBody};
+pub use self::{causal::LastWrites, cluster::Shared, hold::Hold, relay::ResponseBody};
 use crate::{
     config::{Config, listener::Listener},
     decide::{
@@ -48,6 +48,7 @@ mod account;
 mod acknowledge;
 mod attempt;
 mod body;
+mod causal;
 mod cluster;
 pub mod headers;
 mod hold;
@@ -180,6 +181,7 @@ impl Proxy {
             preferred: None,
             reach_by: None,
             session: None,
+            scope: None,
             fields: acknowledge::Fields::new(),
         };
         let answer = self.answer(&mut walk, body).await;
@@ -259,7 +261,10 @@ impl Proxy {
         })?;
         let (trusted, secure) = (walk.client.peer.trusted, walk.is_secure());
         let cookie = cluster.cookie(secure);
-        walk.session = session::of(&walk.headers, trusted, cluster, cookie, &mut request).await?;
+        walk.scope =
+            route.causal.map(|scope| decide::route::scope(scope, route.index, walk.uri.path()));
+        walk.session =
+            session::of(&walk.headers, trusted, cluster, cookie, walk.scope, &mut request).await?;
         walk.request = Some(request);
         if walk.client.peer.trusted && request.class == Class::Read {
             walk.preferred = walk.headers.get(&PREFER_INSTANCE).cloned();
@@ -298,13 +303,19 @@ impl Proxy {
                 now = Instant::now();
                 match &mut walk.session {
                     Some(session) if session.unread => {
-                        walk.session =
-                            session::of(&walk.headers, trusted, cluster, cookie, &mut request)
-                                .await?;
+                        walk.session = session::of(
+                            &walk.headers,
+                            trusted,
+                            cluster,
+                            cookie,
+                            walk.scope,
+                            &mut request,
+                        )
+                        .await?;
                     }
                     Some(session) => {
                         session.judge_again(cluster).await;
-                        request.demands.position &= session.need.is_some();
+                        request.demands.position &= session.needs();
                     }
                     None => {}
                 }
@@ -550,8 +561,8 @@ impl Proxy {
         let Some(session) = &mut walk.session else { return };
         let rules = &cluster.config.consistency;
         let until = *session.wait_until.get_or_insert(now + rules.wait);
-        if let Some(need) = &session.need {
-            cluster.reached(need, until).await;
+        if session.needs() {
+            cluster.reached(session, until).await;
         }
         walk.held += now.elapsed();
     }
@@ -580,6 +591,7 @@ impl Proxy {
             head,
             cookie: cluster.cookie(secure),
             secure,
+            scope: walk.scope,
         };
         let mut fields = std::mem::take(&mut walk.fields);
         if lost {
@@ -788,6 +800,8 @@ struct Walk<'p> {
     reach_by: Option<Instant>,
     /// What the client has to see. `None`: nothing in particular.
     session: Option<Box<Session>>,
+    /// What it has in common with others, on a route whose reads see each other's writes.
+    scope: Option<u64>,
     /// What the answer gets on top of the node's fields.
     fields: acknowledge::Fields,
 }

@@ -2,19 +2,22 @@
 //!
 //! Nothing here is paid for by a client that carries neither a token nor a wish.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use http::{HeaderMap, header};
 use tokio::time::{Instant, timeout_at};
 
-use super::cluster::Cluster;
+use super::{causal::Last, cluster::Cluster};
 use crate::{
     config::cluster::{Mode, OnRequest},
     decide::{
         self, Class, Consistency, Demands, Problem, Wanted, classify,
         token::{self, Need, Standing, TOKEN, Token, Void},
     },
-    topology::position::{Position, Reach},
+    topology::position::{Position, Positions, Reach},
 };
 
 /// The longest that an exact reading is waited for, where nothing else says how long.
@@ -25,6 +28,8 @@ pub(super) const EXACT: Duration = Duration::from_secs(1);
 pub(super) struct Session {
     /// What it must not read the past of.
     pub(super) need: Option<Need>,
+    /// What the last write to the same place needs, on a route whose reads see it.
+    pub(super) last: Option<Arc<Last>>,
     /// Its write was lost in a failover, and it is told so with this answer.
     pub(super) lost: bool,
     /// The cluster has not told its id yet, so that nobody can say what a token is worth: until
@@ -51,6 +56,7 @@ pub(super) async fn of(
     trusted: bool,
     cluster: &Cluster,
     cookie: &str,
+    scope: Option<u64>,
     request: &mut decide::Request,
 ) -> Result<Option<Box<Session>>, Problem> {
     let rules = &cluster.config.consistency;
@@ -87,17 +93,48 @@ pub(super) async fn of(
         }
     }
     if request.class == Class::Read {
-        request.demands.position = session.need.is_some() || session.unread;
+        if let Some(scope) = scope.filter(|_| asked != Consistency::Any) {
+            session.see(cluster, scope, request);
+        }
+        request.demands.position = session.needs() || session.unread;
         if asked == Consistency::Primary && request.wanted == Wanted::Any {
             request.wanted = Wanted::Primary;
         }
     }
-    let is_empty = session.need.is_none() && !session.lost && !session.unread && !session.drop_txid;
+    let is_empty = !session.needs() && !session.lost && !session.unread && !session.drop_txid;
     let is_idle = is_empty && request.demands == Demands::default();
     Ok((!is_idle).then(|| Box::new(session)))
 }
 
 impl Session {
+    /// Whether the node has to be at some position.
+    pub(super) fn needs(&self) -> bool {
+        self.need.is_some() || self.last.is_some()
+    }
+
+    /// Whether a node's history contains all that is needed.
+    pub(super) fn reach(&self, positions: &Positions) -> Reach {
+        let last = self.last.as_ref().and_then(|last| last.need.as_ref());
+        let needs = self.need.iter().chain(last);
+        needs.fold(Reach::Reached, |reach, need| reach.and(need.reach(positions)))
+    }
+
+    /// The last write to the same place, by whomever.
+    fn see(&mut self, cluster: &Cluster, scope: u64, request: &mut decide::Request) {
+        let Some(last) = cluster.last_writes.last(scope) else { return };
+        let Some(need) = &last.need else {
+            let affinity = cluster.config.consistency.affinity;
+            request.demands.primary |= last.is_blind(affinity, Instant::now().into_std());
+            return;
+        };
+        let (lineage, primary) = cluster.lineage();
+        let known = primary.map(|progress| progress.snapshot());
+        // What a failover lost is nobody's last write any more.
+        if token::judge(need, &lineage, known.as_deref()) != Standing::Gone {
+            self.last = Some(last);
+        }
+    }
+
     /// Whether what a token stands for still is, asking the primary where only it can tell.
     async fn judge(&mut self, cluster: &Cluster, need: Need) {
         match standing(cluster, &need).await {

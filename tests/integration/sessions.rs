@@ -298,6 +298,20 @@ async fn where_positions_are_not_known_reads_follow_the_write_to_the_primary() {
 }
 
 #[tokio::test]
+async fn on_a_causal_route_everybody_sees_the_last_write_to_a_path() {
+    let options = Options { replication: NEVER, ..Options::default() };
+    let keys = format!("{LITEFS}\nconsistency = {{ wait = \"50ms\" }}");
+    let routes = "\n[[route]]\npath = \"/kv\"\ncausal = 2\n\n[[route]]\npath = \"/\"\n";
+    let gate = Gate::edited(options, &keys, |text| text + routes).await;
+    gate.send("POST", "/kv/a", b"v").await;
+    assert_eq!(seen(&gate.send("GET", "/kv/a", b"").await), ("app-0".to_owned(), 1));
+    assert_ne!(seen(&gate.send("GET", "/kv/b", b"").await).0, "app-0", "nobody wrote there");
+    let any = "litegate-consistency: any\r\n";
+    let read = Client::default().ask(gate.address(), "GET", "/kv/a", any).await;
+    assert_eq!(seen(&read).1, 0, "whoever does not mind need not wait");
+}
+
+#[tokio::test]
 async fn an_answer_that_caches_share_gets_no_cookie() {
     let gate = Gate::start().await;
     warm(&gate).await;
