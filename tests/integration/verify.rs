@@ -33,7 +33,7 @@ fn settings(targets: &[SocketAddr]) -> Settings {
         targets: targets.iter().map(target).collect(),
         host: None,
         clients: 6,
-        carry: vec![Carry::Cookies],
+        carry: vec![Carry::Cookies, Carry::Token],
         duration: Duration::from_secs(20),
         // Other tests run beside this one.
         rate: 300,
@@ -235,28 +235,55 @@ async fn a_write_that_a_replica_kept_to_itself_is_found() {
     assert!(run.verdict.count(Breach::Lost) > 0, "{}", report::text(&run, &[]));
 }
 
-/// A lease that moves without a hand-over: no proxy can save what the old primary had not sent.
-#[tokio::test]
-async fn what_a_lossy_failover_lost_is_found() {
+/// A lease moves without a hand-over, with litegate before it: no proxy can save what the old
+/// primary had not sent.
+async fn lossy_failover(consistency: &str) -> Run {
     let slow = Options {
         replication: Duration::from_millis(50),
         txid_wait: Duration::from_millis(200),
         ..Options::default()
     };
-    let gate = Gate::with(slow, LITEFS).await;
+    let keys = format!("{LITEFS}\nconsistency = {{ {consistency} }}");
+    let gate = Gate::with(slow, &keys).await;
     seed(&gate.cluster).await;
-    let run =
-        run(Settings { settle: Duration::from_secs(1), ..settings(&[gate.address()]) }, |v| {
-            let is_time = v.counts.acknowledged >= 100;
-            if is_time && gate.cluster.primary() == Some(0) {
-                gate.cluster.seize(1);
-                return false;
-            }
-            is_time
-        })
-        .await;
+    let settings = Settings { settle: Duration::from_secs(1), ..settings(&[gate.address()]) };
+    let mut due = 100;
+    run(settings, |verdict| {
+        let is_time = verdict.counts.acknowledged >= due;
+        if is_time && gate.cluster.primary() == Some(0) {
+            gate.cluster.seize(1);
+            due += 50;
+            return false;
+        }
+        is_time
+    })
+    .await
+}
+
+#[tokio::test]
+async fn what_a_lossy_failover_lost_is_found() {
+    let run = lossy_failover("mode = \"off\"").await;
     assert!(run.verdict.count(Breach::Lost) > 0, "{}", report::text(&run, &[]));
+    assert_eq!(run.verdict.counts.lost_announced, 0, "{}", report::text(&run, &[]));
     assert_eq!(run.verdict.count(Breach::Repeated), 0, "{}", report::text(&run, &[]));
+}
+
+#[tokio::test]
+async fn with_tokens_a_lossy_failover_repeats_nothing_and_its_losses_are_found() {
+    let run = lossy_failover("mode = \"token\"").await;
+    let found = run.verdict.count(Breach::Lost) + run.verdict.counts.lost_announced;
+    assert!(found > 0, "{}", report::text(&run, &[]));
+    assert_eq!(run.verdict.count(Breach::Repeated), 0, "{}", report::text(&run, &[]));
+}
+
+#[tokio::test]
+#[ignore = "fails: a read that is answered around a lossy failover may miss the client's own write \
+            without Litegate-Write-Lost"]
+async fn with_tokens_every_loss_is_told_before_it_shows() {
+    let run = lossy_failover("mode = \"token\"").await;
+    assert!(run.verdict.counts.lost_announced > 0, "{}", report::text(&run, &[]));
+    let conclusion = Conclusion::of(&run.verdict, &[Breach::NonMonotonic]);
+    assert_eq!(conclusion, Conclusion::Kept, "{}", report::text(&run, &[]));
 }
 
 #[tokio::test]
