@@ -25,6 +25,9 @@ pub struct Load {
     pub turn: usize,
     /// Whether it has what the client's token stands for. Reached where there is none.
     pub reach: Reach,
+    /// It is taken for the primary, and says itself that it is none any more: the next snapshot
+    /// will know.
+    pub denies: bool,
     /// How old its data may be, where the client asks for a limit.
     pub age: Duration,
 }

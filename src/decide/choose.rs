@@ -159,6 +159,7 @@ impl View<'_> {
 
     fn primary(&self, why: Why) -> Choice {
         match self.topology.primary.and_then(|id| self.place(id)) {
+            Some(index) if self.load(index).denies => Choice::Hold(HoldFor::Pause(PAUSE)),
             Some(index) => Choice::Node { index, why },
             None => Choice::Hold(HoldFor::Primary),
         }
@@ -207,14 +208,13 @@ impl View<'_> {
         }
     }
 
-    /// Whether a node has what the client must be shown. The primary always has.
-    fn satisfies(&self, index: usize, node: &Node) -> bool {
-        if node.role == Role::Primary
-            || (!self.demands.position && self.demands.staleness.is_none())
-        {
-            return true;
-        }
-        let load = self.loads.get(index).copied().unwrap_or_default();
+    fn load(&self, index: usize) -> Load {
+        self.loads.get(index).copied().unwrap_or_default()
+    }
+
+    /// Whether a node has what the client must be shown.
+    fn satisfies(&self, index: usize) -> bool {
+        let load = self.load(index);
         let is_there = !self.demands.position || load.reach == Reach::Reached;
         is_there && self.demands.staleness.is_none_or(|most| load.age <= most)
     }
@@ -229,10 +229,10 @@ impl View<'_> {
         };
         let mut catching_up = false;
         for (index, _) in self.topology.nodes.iter().enumerate().filter(|(_, n)| serves(n)) {
-            match self.loads.get(index).map(|load| load.reach) {
-                Some(Reach::Reached) => return false,
-                Some(Reach::NotYet) => catching_up = true,
-                Some(Reach::Diverged) | None => {}
+            match self.load(index).reach {
+                Reach::Reached => return false,
+                Reach::NotYet | Reach::Unknown => catching_up = true,
+                Reach::Diverged => {}
             }
         }
         catching_up
@@ -304,10 +304,10 @@ impl View<'_> {
         let mut candidates = SmallVec::<[Candidate<'_>; 8]>::new();
         let mut full = SmallVec::<[Candidate<'_>; 8]>::new();
         for (index, node) in self.topology.nodes.iter().enumerate() {
-            if node.presence != Presence::Member || !fits(node) || !self.satisfies(index, node) {
+            if node.presence != Presence::Member || !fits(node) || !self.satisfies(index) {
                 continue;
             }
-            let load = self.loads.get(index).copied().unwrap_or_default();
+            let load = self.load(index);
             let candidate = Candidate { index, node, load };
             if load.full { &mut full } else { &mut candidates }.push(candidate);
         }

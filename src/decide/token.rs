@@ -54,7 +54,19 @@ impl Need {
             })
     }
 
-    /// Whether a node's history contains all of it.
+    /// Whether a node has all of it, if the primary has. Where nobody saw how the node got to
+    /// where it is, it has to be on the primary's branch.
+    pub fn is_reached(&self, node: &Positions, primary: Option<&Positions>) -> Reach {
+        match self.reach(node) {
+            Reach::Unknown if primary.is_some_and(|primary| node.is_on_branch_of(primary)) => {
+                Reach::Reached
+            }
+            Reach::Unknown => Reach::NotYet,
+            seen => seen,
+        }
+    }
+
+    /// Whether a node's history contains all of it, as far as that was seen.
     pub fn reach(&self, positions: &Positions) -> Reach {
         self.databases.iter().fold(Reach::Reached, |reach, (database, needed)| {
             reach.and(positions.reach(*database, *needed))
@@ -340,7 +352,7 @@ pub fn judge(need: &Need, lineage: &[Epoch], primary: Option<&Positions>) -> Sta
         return Standing::Stands;
     };
     match need.reach(primary) {
-        Reach::Reached => Standing::Stands,
+        Reach::Reached | Reach::Unknown => Standing::Stands,
         Reach::Diverged => Standing::Gone,
         // The feed is a moment late, or another instance saw it first.
         Reach::NotYet if need.lineage.is_some() && need.lineage == primary.incarnation => {
@@ -462,6 +474,20 @@ mod tests {
         assert_eq!(judge(&need(7, 8, 1), &[], Some(&primary)), Standing::Gone);
         assert_eq!(judge(&need(7, 8, 2), &[], Some(&primary)), Standing::Stands);
         assert_eq!(judge(&need(7, 8, 2), &[], None), Standing::Stands);
+    }
+
+    #[test]
+    fn a_snapshot_past_a_position_is_no_proof_of_it() {
+        let old = at(1, 1, 9, 1);
+        let mut snapshot = old.clone();
+        let other = at(2, 12, 12, 2);
+        snapshot.set("app.db", other.get(app()).unwrap(), Instant::now());
+        let token = need(1, 9, 1);
+        assert_eq!(token.is_reached(&snapshot, Some(&old)), Reach::NotYet);
+        assert_eq!(token.is_reached(&snapshot, None), Reach::NotYet);
+        // Where the primary has been there too, the node is on its branch.
+        assert_eq!(token.is_reached(&snapshot, Some(&at(2, 6, 12, 2))), Reach::Reached);
+        assert_eq!(token.is_reached(&old, None), Reach::Reached);
     }
 
     proptest! {

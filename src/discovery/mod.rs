@@ -204,15 +204,20 @@ impl Fold {
             name: Arc::clone(&primary.name),
             progress: Arc::clone(&primary.progress),
         };
-        let before = match &self.acknowledging {
-            Some(before) if before.incarnation == now.incarnation => return,
-            _ => self.acknowledging.replace(now),
+        let Some(before) = &self.acknowledging else {
+            self.acknowledging = Some(now);
+            return;
         };
-        let (Some(before), Some(start)) = (before, &epoch.start) else { return };
+        // Where it began may be known a moment later than that it began.
+        let Some(start) = epoch.start.as_ref().filter(|_| before.incarnation != now.incarnation)
+        else {
+            return;
+        };
         let writes = before.progress.lost(start);
         if writes > 0 {
-            changes.push(Change::WritesLost { from: before.name, writes });
+            changes.push(Change::WritesLost { from: Arc::clone(&before.name), writes });
         }
+        self.acknowledging = Some(now);
     }
 
     fn start_sources(&mut self) {

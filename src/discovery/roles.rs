@@ -43,9 +43,9 @@ impl Litefs {
         self.databases.is_empty() || self.databases.iter().any(|name| **name == *database)
     }
 
-    fn claims(&self, mut claim: Claim) {
-        let known = self.progress.snapshot();
-        claim.positions = Some(known).filter(|known| known.incarnation == claim.incarnation);
+    /// Reports what the node says it is. Where it was when it became primary, only the stream
+    /// knows: there the news come in their order.
+    fn claims(&self, claim: Claim) {
         self.observer.observe(Saw::Claim { address: self.member, claim }, Source::Litefs);
     }
 
@@ -111,7 +111,16 @@ impl Litefs {
         self.progress.set(positions.clone());
         while let Some(told) = events.next().await? {
             match told {
-                Told::Claim(claim) => self.claims(claim),
+                Told::Claim(mut claim) => {
+                    let was = positions.is_primary.replace(claim.is_primary);
+                    if was == Some(false) && claim.is_primary {
+                        claim.positions = Some(Arc::new(positions.clone()));
+                    }
+                    if was != positions.is_primary {
+                        self.progress.set(positions.clone());
+                    }
+                    self.claims(claim);
+                }
                 Told::Tx(name, position) => {
                     let is_old = at.elapsed() < OVERLAP
                         && read.iter().any(|(n, p)| *n == name && position.txid <= p.txid);

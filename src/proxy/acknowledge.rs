@@ -189,10 +189,11 @@ impl To<'_> {
             // Without a place to wait, the time is up at once.
             let mut listening = bell.listen(self.cluster.config.hold.max_requests);
             loop {
+                let primary = self.progress.get();
                 let nodes = reader.latest().nodes.iter().filter(|node| {
                     node.presence == Presence::Member
                         && !std::ptr::eq(&raw const *node.progress, self.progress)
-                        && need.reach(&node.progress.get()) == Reach::Reached
+                        && need.is_reached(&node.progress.get(), Some(&**primary)) == Reach::Reached
                 });
                 there = nodes.count();
                 if there >= wanted {

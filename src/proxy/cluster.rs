@@ -237,11 +237,13 @@ impl Cluster {
         let began = Instant::now();
         loop {
             let topology = Arc::clone(reader.latest());
+            let primary = topology.primary().map(|node| node.progress.get());
+            let primary = primary.as_deref().map(|positions| &**positions);
             let is_there = topology.nodes.iter().any(|node| {
                 node.role == Role::Replica
                     && node.presence == Presence::Member
                     && node.is_healthy(began.into_std())
-                    && session.reach(&node.progress.get()) == Reach::Reached
+                    && session.reach(&node.progress.get(), primary) == Reach::Reached
             });
             if is_there {
                 break;
@@ -287,13 +289,15 @@ impl Cluster {
                 ..decide::balance::Load::default()
             });
         });
+        let primary = topology.primary().map(|node| node.progress.get());
+        let is_denied = primary.as_ref().is_some_and(|known| known.is_primary == Some(false));
         if session.is_some_and(|session| session.unread) {
             loads.iter_mut().for_each(|load| load.reach = Reach::NotYet);
         } else if session.is_some_and(Session::needs) || demands.staleness.is_some() {
-            let primary = topology.primary().map(|node| node.progress.get());
             for (load, node) in loads.iter_mut().zip(&topology.nodes) {
                 let positions = node.progress.get();
-                load.reach = session.map_or(Reach::Reached, |session| session.reach(&positions));
+                let leading = primary.as_deref().map(|positions| &**positions);
+                load.reach = session.map_or(Reach::Reached, |s| s.reach(&positions, leading));
                 load.age = match &primary {
                     Some(primary) if !primary.is_empty() && !positions.is_empty() => {
                         let behind = positions.behind(primary, now.into_std()).time;
@@ -303,6 +307,14 @@ impl Cluster {
                     }
                     _ => Duration::MAX,
                 };
+            }
+        }
+        if let Some(id) = topology.primary {
+            // The primary has whatever there is, unless it says itself that it is none any more.
+            for (load, _) in loads.iter_mut().zip(&topology.nodes).filter(|(_, n)| n.id == id) {
+                load.denies = is_denied;
+                load.reach = if is_denied { Reach::NotYet } else { Reach::Reached };
+                load.age = Duration::ZERO;
             }
         }
         look(topology, &loads)

@@ -113,10 +113,10 @@ impl Session {
     }
 
     /// Whether a node's history contains all that is needed.
-    pub(super) fn reach(&self, positions: &Positions) -> Reach {
+    pub(super) fn reach(&self, node: &Positions, primary: Option<&Positions>) -> Reach {
         let last = self.last.as_ref().and_then(|last| last.need.as_ref());
         let needs = self.need.iter().chain(last);
-        needs.fold(Reach::Reached, |reach, need| reach.and(need.reach(positions)))
+        needs.fold(Reach::Reached, |reach, need| reach.and(need.is_reached(node, primary)))
     }
 
     /// The last write to the same place, by whomever.
@@ -184,7 +184,7 @@ async fn standing(cluster: &Cluster, need: &Need) -> Standing {
     cluster.counted(|cells| cells.exact.add(1));
     match timeout_at(Instant::now() + EXACT, progress.exact()).await {
         Ok(Some(exact)) => match need.reach(&exact) {
-            Reach::Reached => Standing::Stands,
+            Reach::Reached | Reach::Unknown => Standing::Stands,
             Reach::NotYet => Standing::Ahead,
             Reach::Diverged => Standing::Gone,
         },

@@ -4,7 +4,8 @@
 //! database after each one. A number alone is ambiguous after a failover that lost transactions:
 //! the next primary uses it again for something else (`reference/litefs.md` section 5). So the
 //! checksums of the last [`RECENT`] transactions are kept, and a position counts as reached only
-//! where the history contains that very transaction, as far as it is remembered.
+//! where the history contains that very transaction, or where the node is seen to be on the
+//! primary's branch.
 //!
 //! Pure: the caller brings the time.
 
@@ -68,6 +69,8 @@ pub enum Reach {
     Reached,
     /// The node is not there yet.
     NotYet,
+    /// The node is past it, and how it got there was not seen: it may be another branch.
+    Unknown,
     /// The node is past it on another branch: it never will be there.
     Diverged,
 }
@@ -79,6 +82,7 @@ impl Reach {
         match (self, other) {
             (Self::Diverged, _) | (_, Self::Diverged) => Self::Diverged,
             (Self::NotYet, _) | (_, Self::NotYet) => Self::NotYet,
+            (Self::Unknown, _) | (_, Self::Unknown) => Self::Unknown,
             (Self::Reached, Self::Reached) => Self::Reached,
         }
     }
@@ -89,13 +93,16 @@ impl Reach {
 pub struct Track {
     name: Arc<str>,
     position: Position,
+    /// From here on every transaction was seen: the first reading, or a snapshot.
+    origin: u64,
     /// Checksum and time of arrival of consecutive transactions, the last one at the back.
     recent: VecDeque<(u64, Instant)>,
 }
 
 impl Track {
     fn new(name: Arc<str>, position: Position, at: Instant) -> Self {
-        Self { name, position, recent: VecDeque::from([(position.checksum, at)]) }
+        let recent = VecDeque::from([(position.checksum, at)]);
+        Self { name, position, origin: position.txid, recent }
     }
 
     /// The next transaction, or, after a snapshot, another history.
@@ -105,6 +112,7 @@ impl Track {
         }
         if position.txid != self.position.txid.wrapping_add(1) {
             self.recent.clear();
+            self.origin = position.txid;
         } else if self.recent.len() == RECENT {
             self.recent.pop_front();
         }
@@ -127,7 +135,9 @@ impl Track {
             Some((known, _)) if known != 0 && needed.checksum != 0 && known != needed.checksum => {
                 Reach::Diverged
             }
-            _ => Reach::Reached,
+            Some(_) => Reach::Reached,
+            None if needed.txid >= self.origin => Reach::Reached,
+            None => Reach::Unknown,
         }
     }
 }
@@ -146,13 +156,16 @@ pub struct Behind {
 pub struct Positions {
     /// The process that this is known of (`Litefs-Id`).
     pub incarnation: Option<u64>,
+    /// Whether it says that it is primary, in the order of its own news: a snapshot of the
+    /// topology may be a moment behind. `None`: it has not said.
+    pub is_primary: Option<bool>,
     tracks: SmallVec<[(Database, Track); 1]>,
 }
 
 impl Positions {
     /// Nothing is known of this process yet.
     pub fn of(incarnation: Option<u64>) -> Self {
-        Self { incarnation, tracks: SmallVec::new() }
+        Self { incarnation, is_primary: None, tracks: SmallVec::new() }
     }
 
     /// The database `name` is at `position` since `at`. Over [`DATABASES`] a new one is ignored.
@@ -203,6 +216,20 @@ impl Positions {
     /// Whether the history of `database` contains `needed`.
     pub fn reach(&self, database: Database, needed: Position) -> Reach {
         self.track(database).map_or(Reach::NotYet, |track| track.reach(needed))
+    }
+
+    /// Whether this node's history is the beginning of the primary's, as far as both are
+    /// remembered.
+    pub fn is_on_branch_of(&self, primary: &Self) -> bool {
+        self.tracks.iter().all(|(database, track)| {
+            let ours = track.position;
+            let theirs = primary.get(*database).unwrap_or_default();
+            match primary.checksum(*database, ours.txid) {
+                Some(checksum) => checksum == ours.checksum,
+                // Its feed may be a moment ahead of the primary's.
+                None => self.checksum(*database, theirs.txid) == Some(theirs.checksum),
+            }
+        })
     }
 
     /// How far this node is behind `primary`. A database that it does not have counts from its
@@ -272,7 +299,17 @@ mod tests {
         assert_eq!(positions.get(app()), Some(at(5, 2)));
         assert_eq!(positions.reach(app(), at(9, 1)), Reach::NotYet);
         assert_eq!(positions.reach(app(), at(5, 1)), Reach::Diverged);
-        assert_eq!(positions.reach(app(), at(4, 1)), Reach::Reached, "nothing is remembered of it");
+        assert_eq!(positions.reach(app(), at(4, 1)), Reach::Unknown, "nobody saw how it got there");
+    }
+
+    #[test]
+    fn who_follows_the_primary_is_told_from_who_does_not() {
+        let (primary, other) = (history(1, 200, 1), history(150, 170, 2));
+        assert!(history(190, 198, 1).is_on_branch_of(&primary));
+        assert!(history(195, 205, 1).is_on_branch_of(&primary), "a feed may be ahead");
+        assert!(!other.is_on_branch_of(&primary));
+        assert!(!history(20, 30, 1).is_on_branch_of(&primary), "too far behind to tell");
+        assert!(!history(300, 310, 1).is_on_branch_of(&primary), "too far ahead to tell");
     }
 
     #[test]
@@ -303,7 +340,12 @@ mod tests {
         ) {
             let positions = history(from, from + length, 7);
             let reach = positions.reach(app(), at(asked, 7));
-            prop_assert_eq!(reach == Reach::Reached, asked <= from + length);
+            let want = match asked {
+                asked if asked > from + length => Reach::NotYet,
+                asked if asked < from => Reach::Unknown,
+                _ => Reach::Reached,
+            };
+            prop_assert_eq!(reach, want);
             let other = positions.reach(app(), at(asked, 8));
             let is_remembered = asked <= from + length && asked >= from.max((from + length + 1).saturating_sub(RECENT as u64));
             prop_assert_eq!(other == Reach::Diverged, is_remembered);

@@ -83,7 +83,7 @@ struct Known {
     /// It said what it is.
     spoke: bool,
     claims: Option<Standing>,
-    /// Where it was when it last spoke.
+    /// Where it was when it became primary, as far as that was seen.
     positions: Option<Arc<Positions>>,
     silent_since: Option<Instant>,
     left_at: Option<Instant>,
@@ -307,7 +307,7 @@ impl State {
             changes.push(Change::Restarted { node: Arc::clone(&known.node.name) });
         }
         known.incarnation = claim.incarnation.or(known.incarnation);
-        if claim.positions.is_some() {
+        if claim.positions.is_some() || !claim.is_primary {
             known.positions.clone_from(&claim.positions);
         }
         let seen_before = std::mem::replace(&mut known.spoke, true);
@@ -386,12 +386,14 @@ impl State {
             nodes.push(node);
         }
         nodes.sort_by(|a, b| a.name.cmp(&b.name).then(a.address.cmp(&b.address)));
+        let lineage = self.lineage(primary);
         let old = &self.believed;
         let same = old.primary == primary
             && (primary.is_some() || old.primary_gap == gap)
             && old.resolved == self.resolved
             && old.stale == self.stale
             && old.cluster_id == self.cluster
+            && Arc::ptr_eq(&old.lineage, &lineage)
             && old.nodes.len() == nodes.len()
             && old.nodes.iter().zip(&nodes).all(|(a, b)| is_same(a, b));
         if same {
@@ -428,7 +430,7 @@ impl State {
             nodes,
             resolved: self.resolved,
             stale: self.stale,
-            lineage: self.lineage(primary),
+            lineage,
             cluster_id: self.cluster.clone(),
             bell: Arc::clone(&self.bell),
         };
@@ -441,12 +443,19 @@ impl State {
         let Some((known, incarnation)) = known.and_then(|k| Some((k, k.incarnation?))) else {
             return Arc::clone(before);
         };
-        if before.last().is_some_and(|last| last.incarnation == incarnation) {
-            return Arc::clone(before);
-        }
         let epoch = Epoch { incarnation, start: known.positions.clone() };
-        let kept = before.len().saturating_sub(EPOCHS - 1);
-        before.iter().skip(kept).cloned().chain([epoch]).collect()
+        let kept = match before.split_last() {
+            // The poll may have been faster than the stream, which knows where it began.
+            Some((last, earlier)) if last.incarnation == incarnation => {
+                if last.start.is_some() || epoch.start.is_none() {
+                    return Arc::clone(before);
+                }
+                earlier
+            }
+            _ => before,
+        };
+        let skipped = kept.len().saturating_sub(EPOCHS - 1);
+        kept.iter().skip(skipped).cloned().chain([epoch]).collect()
     }
 
     /// Listed nodes that claim to be primary and can be heard.
