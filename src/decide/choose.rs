@@ -193,6 +193,8 @@ impl View<'_> {
             node.presence == Presence::Member
                 && node.is_healthy(self.now)
                 && node.freshness != Freshness::TooFar
+                && self.satisfies(index, node)
+                && (!self.demands.primary || node.role == Role::Primary)
                 && !self.tried(node)
         })
     }
@@ -569,6 +571,30 @@ mod tests {
                 let choice = choose(&request, &topology, &history, &reads, loads, chance, now);
                 assert_eq!(choice, Ok(Choice::Node { index, why }), "{case}");
             }
+        }
+    }
+
+    #[test]
+    fn a_preferred_node_that_lacks_what_was_promised_is_passed_over() {
+        let prefers = Request { wanted: Wanted::Prefer(C), ..request(Class::Read) };
+        let (token, primary) = (
+            Demands { position: true, ..Demands::default() },
+            Demands { primary: true, ..Demands::default() },
+        );
+        let reach = |reach| Load { reach, ..Load::default() };
+        let (there, not_yet) = (reach(Reach::Reached), reach(Reach::NotYet));
+        let waited = History { waited: true, ..History::default() };
+        for (case, demands, loads, want) in [
+            ("nothing promised", Demands::default(), [not_yet; 3], (2, Why::Asked)),
+            ("a position, and it is there", token, [there; 3], (2, Why::Asked)),
+            ("a position", token, [there, there, not_yet], (1, Why::Replica)),
+            ("the primary", primary, [there; 3], (0, Why::Token)),
+        ] {
+            let request = Request { demands, ..prefers };
+            let rules = rules(Reads::PreferReplicas);
+            let choice = choose(&request, &healthy(), &waited, &rules, &loads, 7, Instant::now());
+            let (index, why) = want;
+            assert_eq!(choice, Ok(Choice::Node { index, why }), "{case}");
         }
     }
 
