@@ -54,6 +54,18 @@ impl Need {
             })
     }
 
+    /// Whether it is lost, seen from a write that was acknowledged later at `newer` by a node whose
+    /// history is `node`: another primary's, perhaps, of which no snapshot tells yet.
+    pub fn is_lost_at(&self, newer: &Self, node: &Positions) -> bool {
+        self.lineage.is_some()
+            && self.lineage != newer.lineage
+            && self.databases.iter().any(|(database, ours)| {
+                let theirs = newer.databases.iter().find(|(known, _)| known == database);
+                theirs.is_some_and(|(_, theirs)| theirs.txid < ours.txid)
+                    || node.reach(*database, *ours) == Reach::Diverged
+            })
+    }
+
     /// Whether a node has all of it, if the primary has. Where nobody saw how the node got to
     /// where it is, it has to be on the primary's branch.
     pub fn is_reached(&self, node: &Positions, primary: Option<&Positions>) -> Reach {
@@ -474,6 +486,20 @@ mod tests {
         assert_eq!(judge(&need(7, 8, 1), &[], Some(&primary)), Standing::Gone);
         assert_eq!(judge(&need(7, 8, 2), &[], Some(&primary)), Standing::Stands);
         assert_eq!(judge(&need(7, 8, 2), &[], None), Standing::Stands);
+    }
+
+    #[test]
+    fn a_later_write_elsewhere_shows_what_is_lost() {
+        let new = at(2, 1, 12, 2);
+        for (token, is_lost) in [
+            (need(1, 13, 1), true),
+            (need(1, 9, 1), true),
+            (need(1, 9, 2), false),
+            // Two writes through the same primary may be answered out of order.
+            (need(2, 13, 2), false),
+        ] {
+            assert_eq!(token.is_lost_at(&need(2, 12, 2), &new), is_lost, "{token:?}");
+        }
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! LiteFS's own proxy says it for nothing, in its `__txid` cookie; else the node's exact reading
 //! is asked for, which all writes that end meanwhile share.
 
+use std::time::Duration;
+
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use smallvec::SmallVec;
 use tokio::time::{Instant, timeout_at};
@@ -16,7 +18,7 @@ use crate::{
     config::cluster::{Mode, OnTimeout},
     decide::{
         Problem,
-        token::{Need, TOKEN, Token},
+        token::{Need, TOKEN, Token, Void},
     },
     litefs::TXID_COOKIE,
     telemetry::metrics::Consistency,
@@ -34,6 +36,9 @@ const LOST: HeaderName = HeaderName::from_static("litegate-write-lost");
 /// On how many replicas the write is, where that is not as many as was asked for.
 const DURABILITY: HeaderName = HeaderName::from_static("litegate-durability");
 
+/// How long the feed may be behind an answer before the node is asked instead.
+const FEED: Duration = Duration::from_millis(20);
+
 /// What a write's answer brings along.
 pub(super) type Fields = SmallVec<[(HeaderName, HeaderValue); 4]>;
 
@@ -50,6 +55,8 @@ pub(super) struct To<'a> {
     pub(super) secure: bool,
     /// Where others see it, on a route that says so.
     pub(super) scope: Option<u64>,
+    /// What the client had seen before.
+    pub(super) carried: Option<&'a Need>,
 }
 
 impl To<'_> {
@@ -66,6 +73,12 @@ impl To<'_> {
         match (&need, rules.mode) {
             (_, Mode::Off) => {}
             (Some(need), Mode::Token) => {
+                // The new token replaces the old one: this is the last moment to tell.
+                let is_lost = |old: &&Need| old.is_lost_at(need, &self.progress.get());
+                if self.carried.filter(is_lost).is_some() {
+                    self.cluster.void(Void::Lost);
+                    self.lost(fields, true);
+                }
                 for (database, position) in &need.databases {
                     self.progress.acknowledge(*database, position.txid);
                 }
@@ -100,7 +113,7 @@ impl To<'_> {
 
     /// Where the node was after this answer began.
     async fn position(&self) -> Option<Need> {
-        if let Some(need) = self.told() {
+        if let Some(need) = self.told().await {
             return Some(need);
         }
         self.cluster.counted(|cells| cells.exact.add(1));
@@ -114,7 +127,8 @@ impl To<'_> {
     }
 
     /// What LiteFS's proxy said of it. It names no database: that counts where there is only one.
-    fn told(&self) -> Option<Need> {
+    /// It has no checksum either: the feed has it already, or will in a moment.
+    async fn told(&self) -> Option<Need> {
         let cookies = self.head.get_all(header::SET_COOKIE).iter();
         let mut txids = cookies.filter_map(|cookie| {
             let value =
@@ -122,12 +136,24 @@ impl To<'_> {
             Position::parse_hex(value.split(|byte| *byte == b';').next()?)
         });
         let txid = txids.next_back()?;
-        let known = self.progress.get();
-        let (database, _) = known.only()?;
-        let checksum = known.checksum(database, txid).unwrap_or(0);
-        let position = Position { txid, checksum };
-        let databases = [(database, position)].into_iter().collect();
-        Some(Need { lineage: known.incarnation, databases })
+        let find = || {
+            let known = self.progress.get();
+            let (database, _) = known.only()?;
+            let checksum = known.checksum(database, txid)?;
+            let databases = [(database, Position { txid, checksum })].into_iter().collect();
+            Some(Need { lineage: known.incarnation, databases })
+        };
+        if let Some(need) = find() {
+            return Some(need);
+        }
+        let mut listening = self.progress.bell().listen(self.cluster.config.hold.max_requests)?;
+        let deadline = Instant::now() + FEED;
+        loop {
+            if let Some(need) = find() {
+                return Some(need);
+            }
+            timeout_at(deadline, listening.rung()).await.ok()?;
+        }
     }
 
     fn give(&self, need: &Need, fields: &mut Fields) {

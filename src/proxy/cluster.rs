@@ -251,7 +251,10 @@ impl Cluster {
             tokio::select! {
                 () = listening.rung() => {}
                 newer = reader.newer_than(topology.generation) => {
-                    if newer.is_err() {
+                    // Another primary: what is waited for may be lost.
+                    let goes_on =
+                        newer.is_ok_and(|newer| Arc::ptr_eq(&newer.lineage, &topology.lineage));
+                    if !goes_on {
                         break;
                     }
                 }

@@ -63,7 +63,9 @@ impl Peer {
             (Some((known, element)), Some(host)) if known == host => element.clone(),
             (_, Some(host)) => {
                 let element = self.render(Some(host));
-                *last = Some((host.clone(), element.clone()));
+                // A copy: as it is, it would keep hyper's whole read buffer while the client is idle.
+                let host = HeaderValue::from_bytes(host.as_bytes()).ok();
+                *last = host.map(|host| (host, element.clone()));
                 element
             }
             (_, None) => self.render(None),

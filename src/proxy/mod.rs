@@ -41,7 +41,7 @@ use crate::{
         access_log::{Line, Sink, Tried},
         metrics::{HoldOutcome, ReplayOutcome, RetryRefusal, Shard},
     },
-    topology::{PrimaryGap, Role, Saw, Source, Topology},
+    topology::{PrimaryGap, Role, Saw, Source, Topology, position::Reach},
 };
 
 mod account;
@@ -343,6 +343,10 @@ impl Proxy {
                     self.wait_for_position(walk, cluster, now).await;
                     history.waited = true;
                     now = Instant::now();
+                    if let Some(session) = &mut walk.session {
+                        session.judge_again(cluster).await;
+                        request.demands.position = session.needs();
+                    }
                     continue;
                 }
                 Err(hold) => {
@@ -412,6 +416,14 @@ impl Proxy {
                 tried.ended = Ended::Answered(response.status());
                 walk.tried(&mut history, &node, tried);
                 let outcome = Outcome::Answered(response.status());
+                if request.demands.position && self.has_gone_back(walk, cluster, &node) {
+                    // Its data changed under the request. Bounded like every retry.
+                    if history.attempts.len() < GONE_BACK {
+                        cause = Cause::Retry;
+                        continue;
+                    }
+                    return Err(Problem::NotCaughtUp);
+                }
                 if self.next(walk, cluster, &request, &mut history, outcome)? == Next::Relay {
                     self.acknowledge(walk, cluster, &request, &node, response.headers()).await?;
                     return Ok(self.relay(walk, cluster, response, connected, now));
@@ -567,6 +579,19 @@ impl Proxy {
         walk.held += now.elapsed();
     }
 
+    /// Whether a node that was chosen for a client's token does not have what the token stands for
+    /// any more: a failover may put it on another branch while it answers.
+    fn has_gone_back(&self, walk: &Walk<'_>, cluster: &Cluster, node: &Node) -> bool {
+        let Some(session) = &walk.session else { return false };
+        let here = node.load.progress.get();
+        let (_, primary) = cluster.lineage();
+        if primary.as_ref().is_some_and(|primary| Arc::ptr_eq(primary, &node.load.progress)) {
+            return here.is_primary == Some(false);
+        }
+        let primary = primary.map(|primary| primary.snapshot());
+        session.reach(&here, primary.as_deref()) != Reach::Reached
+    }
+
     /// What the answer tells the client of what it wrote.
     ///
     /// # Errors
@@ -579,6 +604,9 @@ impl Proxy {
         node: &Node,
         head: &http::HeaderMap,
     ) -> Result<(), Problem> {
+        if let Some(session) = &mut walk.session {
+            session.judge_again(cluster).await;
+        }
         let wrote = acknowledge::wrote(head, request.class == Class::Write && !walk.upgrade);
         let lost = walk.session.as_ref().is_some_and(|session| session.lost);
         if !wrote && !lost {
@@ -592,6 +620,7 @@ impl Proxy {
             cookie: cluster.cookie(secure),
             secure,
             scope: walk.scope,
+            carried: walk.session.as_ref().and_then(|session| session.need.as_ref()),
         };
         let mut fields = std::mem::take(&mut walk.fields);
         if lost {
@@ -825,6 +854,9 @@ impl Walk<'_> {
         self.tries.push(Tried { node: Arc::clone(&node.name), role, cause, ended });
     }
 }
+
+/// Attempts after which a read whose nodes keep going back is given up.
+const GONE_BACK: usize = 4;
 
 /// What one turn of the loop decided from.
 struct Turn<'a> {

@@ -17,7 +17,10 @@ use crate::{
         self, Class, Consistency, Demands, Problem, Wanted, classify,
         token::{self, Need, Standing, TOKEN, Token, Void},
     },
-    topology::position::{Position, Positions, Reach},
+    topology::{
+        Epoch,
+        position::{Position, Positions, Reach},
+    },
 };
 
 /// The longest that an exact reading is waited for, where nothing else says how long.
@@ -28,6 +31,8 @@ pub(super) const EXACT: Duration = Duration::from_secs(1);
 pub(super) struct Session {
     /// What it must not read the past of.
     pub(super) need: Option<Need>,
+    /// The primaries by which `need` was judged.
+    judged_by: Option<Arc<[Epoch]>>,
     /// What the last write to the same place needs, on a route whose reads see it.
     pub(super) last: Option<Arc<Last>>,
     /// Its write was lost in a failover, and it is told so with this answer.
@@ -137,6 +142,7 @@ impl Session {
 
     /// Whether what a token stands for still is, asking the primary where only it can tell.
     async fn judge(&mut self, cluster: &Cluster, need: Need) {
+        self.judged_by = Some(cluster.lineage().0);
         match standing(cluster, &need).await {
             Standing::Stands => self.need = Some(need),
             Standing::Gone | Standing::Ahead => {
@@ -164,9 +170,12 @@ impl Session {
         }
     }
 
-    /// Looks again after a wait: there may be another primary now, whose history lacks it.
+    /// Looks again after a wait, or when there is an answer: there may be another primary now,
+    /// whose history lacks it.
     pub(super) async fn judge_again(&mut self, cluster: &Cluster) {
-        if let Some(need) = self.need.take() {
+        let is_judged =
+            self.judged_by.as_ref().is_some_and(|by| Arc::ptr_eq(by, &cluster.lineage().0));
+        if let Some(need) = self.need.take_if(|need| !is_judged && need.lineage.is_some()) {
             self.judge(cluster, need).await;
         }
     }

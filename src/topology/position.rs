@@ -131,10 +131,12 @@ impl Track {
         if self.position.txid < needed.txid {
             return Reach::NotYet;
         }
+        if needed.checksum == 0 {
+            // A number that may be any branch's.
+            return Reach::Unknown;
+        }
         match self.remembered(needed.txid) {
-            Some((known, _)) if known != 0 && needed.checksum != 0 && known != needed.checksum => {
-                Reach::Diverged
-            }
+            Some((known, _)) if known != 0 && known != needed.checksum => Reach::Diverged,
             Some(_) => Reach::Reached,
             None if needed.txid >= self.origin => Reach::Reached,
             None => Reach::Unknown,
@@ -289,7 +291,7 @@ mod tests {
         assert_eq!(new.reach(app(), at(7, 1)), Reach::Diverged);
         assert_eq!(new.reach(app(), at(7, 2)), Reach::Reached);
         assert_eq!(new.reach(app(), at(10, 1)), Reach::NotYet);
-        assert_eq!(new.reach(app(), Position { txid: 7, checksum: 0 }), Reach::Reached);
+        assert_eq!(new.reach(app(), Position { txid: 7, checksum: 0 }), Reach::Unknown);
     }
 
     #[test]
