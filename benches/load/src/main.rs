@@ -22,9 +22,9 @@ use std::{
 use clap::Parser;
 
 use contender::{CONTENDERS, Contender, PEER, Running};
-use generator::Clients;
+use generator::{Clients, Saturation};
 use machine::Cores;
-use report::{Memory, Results, Row, Section};
+use report::{Memory, Results, Row, Section, Spread};
 use upstream::Upstream;
 use workload::{WORKLOADS, Workload};
 
@@ -204,18 +204,12 @@ fn measure(
     options: &Options,
 ) -> Result<Section, Failure> {
     let span = Duration::try_from_secs_f64(options.seconds)?;
-    // From the proxies' core, so that the upstream has its own for itself, as a proxy has.
-    machine::pin(cores.proxy)?;
-    let alone = Clients::connect(upstream.address, workload)
-        .and_then(|mut clients| clients.saturate(span, || Ok(Duration::ZERO)));
-    machine::pin(cores.load)?;
-    let alone = alone?.speed();
-    eprintln!("{}: the upstream alone {alone:.0}/s", workload.name);
-
     let row =
         |proxy: &Running| Row { name: proxy.name, saturations: Vec::new(), latencies: Vec::new() };
     let mut rows: Vec<Row> = running.iter().map(row).collect();
+    let mut alone = Vec::new();
     for round in 1..=options.rounds {
+        alone.push(by_itself(workload, upstream, cores, span / 10)?.speed());
         for (proxy, row) in running.iter().zip(&mut rows) {
             let tree = proxy.tree()?;
             let found = Clients::connect(proxy.address, workload)
@@ -249,7 +243,24 @@ fn measure(
             row.latencies.push(found);
         }
     }
+    let alone = Spread::of(alone).map_or(0.0, |alone| alone.median);
+    eprintln!("{}: the upstream alone {alone:.0}/s", workload.name);
     Ok(Section { title: workload.title, alone, rate, rows })
+}
+
+/// What the upstream serves without a proxy: asked from the proxies' core, so that it has its own
+/// for itself as a proxy has.
+fn by_itself(
+    workload: &Workload,
+    upstream: &Upstream,
+    cores: Cores,
+    span: Duration,
+) -> Result<Saturation, Failure> {
+    machine::pin(cores.proxy)?;
+    let found = Clients::connect(upstream.address, workload)
+        .and_then(|mut clients| clients.saturate(span, || Ok(Duration::ZERO)));
+    machine::pin(cores.load)?;
+    found
 }
 
 /// What connections at rest cost fresh processes.
