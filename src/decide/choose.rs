@@ -193,7 +193,7 @@ impl View<'_> {
             node.presence == Presence::Member
                 && node.is_healthy(self.now)
                 && node.freshness != Freshness::TooFar
-                && self.satisfies(index, node)
+                && self.satisfies(index)
                 && (!self.demands.primary || node.role == Role::Primary)
                 && !self.tried(node)
         })
