@@ -352,6 +352,11 @@ impl Cluster {
         self.world.state().restart(node, Instant::now());
     }
 
+    /// The same on an empty disk. Stall the node first, or it is soon full again.
+    pub fn restart_empty(&self, node: usize) {
+        self.world.state().restart_empty(node, Instant::now());
+    }
+
     /// The node accepts and answers nothing, or goes on.
     pub fn freeze(&self, node: usize, frozen: bool) {
         let mut state = self.world.state();
