@@ -57,6 +57,7 @@ use tokio::{
 mod api;
 mod app;
 pub mod client;
+pub mod consul;
 mod proxy;
 mod state;
 mod wire;
