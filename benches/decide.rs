@@ -55,6 +55,7 @@ fn topology(nodes: u64) -> Topology {
         progress: std::sync::Arc::default(),
         local: false,
         near: false,
+        fenced: false,
     };
     Topology {
         primary: Some(NodeId(0)),

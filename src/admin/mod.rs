@@ -1,4 +1,5 @@
-//! The control room: health, metrics and what is believed. It only reads.
+//! The control room: health, metrics and what is believed. It only reads, but for the operator's
+//! confirmation of a primary that lacks data.
 //!
 //! `GET /livez` · `/healthz` · `/readyz` · `/metrics` · `/api/topology` · `/api/config` · `/`
 
@@ -20,7 +21,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
 };
 
 use crate::{
@@ -41,7 +42,17 @@ const PATHS: &[(&str, &str)] = &[
     ("/metrics", "Prometheus text"),
     ("/api/topology", "what is believed of each cluster"),
     ("/api/config", "the configuration in force"),
+    ("/api/confirm", "POST ?cluster=…&node=…: the new primary may lack data, writes go on"),
 ];
+
+/// An operator says that a primary is right, whatever it lacks.
+#[derive(Clone, Debug)]
+pub struct Confirmed {
+    /// The cluster.
+    pub cluster: Arc<str>,
+    /// The node.
+    pub node: Arc<str>,
+}
 
 /// What the control room shows.
 #[derive(Debug)]
@@ -50,16 +61,23 @@ pub struct Admin {
     clusters: Mutex<Vec<(Arc<str>, Reader)>>,
     config: Mutex<Arc<str>>,
     draining: AtomicBool,
+    confirm: mpsc::Sender<Confirmed>,
 }
 
 impl Admin {
     /// For a process that has just started.
-    pub fn new(metrics: Arc<Metrics>, clusters: Vec<(Arc<str>, Reader)>, config: &Config) -> Self {
+    pub fn new(
+        metrics: Arc<Metrics>,
+        clusters: Vec<(Arc<str>, Reader)>,
+        config: &Config,
+        confirm: mpsc::Sender<Confirmed>,
+    ) -> Self {
         Self {
             metrics,
             clusters: Mutex::new(clusters),
             config: Mutex::new(render(config)),
             draining: AtomicBool::new(false),
+            confirm,
         }
     }
 
@@ -78,7 +96,48 @@ impl Admin {
         self.clusters.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Only for a claimant that waits for it: a confirmation in advance would confirm whatever
+    /// comes.
+    fn confirm(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if *request.method() != Method::POST {
+            let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, "only POST");
+            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
+            return response;
+        }
+        // No page in an operator's browser may confirm anything.
+        if request.headers().contains_key(header::ORIGIN) {
+            return problem(StatusCode::FORBIDDEN, "not from a browser");
+        }
+        let query = request.uri().query().unwrap_or("");
+        let parameter = |name: &str| {
+            let mut pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+            pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
+        };
+        let (Some(cluster), Some(node)) = (parameter("cluster"), parameter("node")) else {
+            return problem(StatusCode::BAD_REQUEST, "?cluster=…&node=… say which");
+        };
+        let mut clusters = self.clusters();
+        let found = clusters.iter_mut().find(|(name, _)| **name == *cluster);
+        let Some((cluster, reader)) = found else {
+            return problem(StatusCode::NOT_FOUND, "no such cluster");
+        };
+        let topology = reader.latest();
+        let waits = topology.primary.is_none() && topology.primary_gap == PrimaryGap::Tripped;
+        let Some(node) = topology.nodes.iter().find(|n| waits && n.fenced && *n.name == *node)
+        else {
+            return problem(StatusCode::CONFLICT, "that node does not wait for a confirmation");
+        };
+        let confirmed = Confirmed { cluster: Arc::clone(cluster), node: Arc::clone(&node.name) };
+        match self.confirm.try_send(confirmed) {
+            Ok(()) => text(StatusCode::ACCEPTED, "text/plain", "confirmed\n".into()),
+            Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "busy, or about to stop"),
+        }
+    }
+
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if request.uri().path() == "/api/confirm" {
+            return self.confirm(request);
+        }
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD");
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
@@ -148,6 +207,7 @@ fn topology(topology: &Topology) -> Value {
         PrimaryGap::NotAMember => Some("not-a-member"),
         PrimaryGap::Unreachable => Some("unreachable"),
         PrimaryGap::SplitBrain => Some("split-brain"),
+        PrimaryGap::Tripped => Some("tripwire"),
     };
     let now = tokio::time::Instant::now().into_std();
     let nodes = topology.nodes.iter().map(|node| {
@@ -166,6 +226,7 @@ fn topology(topology: &Topology) -> Value {
             "ejected": node.record.is_ejected(now),
             "local": node.local,
             "near": node.near,
+            "fenced": node.fenced,
         })
     });
     json!({

@@ -227,6 +227,7 @@ struct Control {
     /// Access logs that are no longer written to, but by requests that began before a reload.
     former_logs: Vec<AccessLog>,
     admin: Arc<Admin>,
+    confirmed: mpsc::Receiver<admin::Confirmed>,
     admin_socket: Option<AdminSocket>,
     instance: Arc<str>,
 }
@@ -284,7 +285,9 @@ impl Control {
             .map(|cluster| observe(cluster, None, Arc::clone(&metrics)))
             .collect();
         metrics.ask(standings(&clusters));
-        let admin = Arc::new(Admin::new(Arc::clone(&metrics), seen(&clusters), &config));
+        let (confirm, confirmed) = mpsc::channel(COMMANDS);
+        let admin = Admin::new(Arc::clone(&metrics), seen(&clusters), &config, confirm);
+        let admin = Arc::new(admin);
         let opened = config.listeners.iter().zip(&sockets).map(|(listener, sockets)| {
             Ok(Opened { config: listener.clone(), bound: Some(address_of(sockets)?) })
         });
@@ -297,6 +300,7 @@ impl Control {
             log,
             former_logs: Vec::new(),
             admin,
+            confirmed,
             admin_socket: None,
             // Random, so that two instances behind each other are told apart.
             instance: format!("litegate-{:08x}", fastrand::u32(..)).into(),
@@ -362,7 +366,14 @@ impl Control {
 
     async fn run(&mut self, mut orders: mpsc::Receiver<Order>) -> Ended {
         loop {
-            match orders.recv().await {
+            let order = tokio::select! {
+                order = orders.recv() => order,
+                Some(confirmed) = self.confirmed.recv() => {
+                    self.confirm(confirmed);
+                    continue;
+                }
+            };
+            match order {
                 Some(Order::Reload(config, answer)) => {
                     let result = self.reload(*config).await;
                     self.metrics.reloaded(result.is_ok());
@@ -376,6 +387,16 @@ impl Control {
                 Some(Order::Drain) => return self.drain(orders).await,
                 Some(Order::Stop) | None => return self.stop().await,
             }
+        }
+    }
+
+    /// Tells discovery what an operator said.
+    fn confirm(&self, confirmed: admin::Confirmed) {
+        let admin::Confirmed { cluster, node } = confirmed;
+        tracing::warn!(%cluster, %node, "an operator confirms the primary, whatever it lacks");
+        if let Some(watched) = self.clusters.iter().find(|w| w.config.name == cluster) {
+            let saw = topology::Saw::Confirmed(node);
+            watched.discovery.observer.observe(saw, topology::Source::Operator);
         }
     }
 
@@ -554,6 +575,7 @@ fn is_observed_alike(a: &config::cluster::Cluster, b: &config::cluster::Cluster)
         && a.health == b.health
         && a.max_lag == b.max_lag
         && a.soft_lag == b.soft_lag
+        && a.tripwire == b.tripwire
         && a.prefer == b.prefer
 }
 

@@ -1,6 +1,6 @@
 //! `[cluster.NAME]`: one single-writer system, and how it is treated.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 /// Databases of one node that can be followed.
 pub const DATABASES: usize = 16;
@@ -24,6 +24,9 @@ pub struct Cluster {
     pub balance: Balance,
     /// `max_lag`: replicas further behind serve no reads.
     pub max_lag: Duration,
+    /// `tripwire`: how many transactions a new primary may lack before an operator has to confirm
+    /// it. Zero: any number, and whole databases.
+    pub tripwire: u64,
     /// `soft_lag`: replicas further behind are the last choice.
     pub soft_lag: Duration,
     /// `prefer`
@@ -117,6 +120,43 @@ pub enum RoleSource {
     },
     /// `{ type = "dns", name, resolvers }`: a name that resolves to the primary only.
     Dns(Lookup),
+    /// `{ type = "consul", address, key, token, datacenter }`: the lease key.
+    Consul(Consul),
+    /// `{ type = "http", path, port, interval, timeout }`: a path that answers 200 on the primary.
+    Http {
+        /// The path.
+        path: Box<str>,
+        /// On every member. `None`: where requests go.
+        port: Option<u16>,
+        /// Between two probes of a node.
+        interval: Duration,
+        /// Of a probe.
+        timeout: Duration,
+    },
+    /// `{ type = "file", path, instance, interval }`: LiteFS's `.primary`, in a sidecar.
+    File {
+        /// Where it is.
+        path: PathBuf,
+        /// The instance name of the node whose mount it is. `None`: `HOSTNAME`.
+        instance: Option<Arc<str>>,
+        /// Between two readings.
+        interval: Duration,
+    },
+}
+
+/// Where the lease key is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Consul {
+    /// The host of `address`: a name or an IP address without brackets.
+    pub host: Arc<str>,
+    /// The port of `address`.
+    pub port: u16,
+    /// `key`: without a slash in front.
+    pub key: Arc<str>,
+    /// `token`: of an ACL that may read the key.
+    pub token: Option<Secret>,
+    /// `datacenter`: the agent's own where it is not written.
+    pub datacenter: Option<Arc<str>>,
 }
 
 /// `reads`

@@ -15,9 +15,9 @@ use super::{
     Config,
     admin::{AccessLog, AccessLogFormat, AccessLogOutput, Admin},
     cluster::{
-        Balance, Cluster, Consistency, DATABASES, Durability, Health, Hold, Lookup, Members, Mode,
-        OnRequest, OnTimeout, Prefer, Reads, Replay, Retry, RoleSource, Secret, StaticNode,
-        Timeouts,
+        Balance, Cluster, Consistency, Consul, DATABASES, Durability, Health, Hold, Lookup,
+        Members, Mode, OnRequest, OnTimeout, Prefer, Reads, Replay, Retry, RoleSource, Secret,
+        StaticNode, Timeouts,
     },
     diagnostic::{Diagnostic, Diagnostics, Place},
     limits::Limits,
@@ -324,6 +324,7 @@ fn cluster(name: &str, mut section: Section) -> Option<Cluster> {
         reads: section.word("reads", &reads, Reads::default()),
         balance: section.word("balance", &balance, Balance::default()),
         soft_lag: section.duration("soft_lag", secs(1)).min(max_lag),
+        tripwire: tripwire(section.section("tripwire")),
         max_lag,
         prefer: section.word("prefer", &prefer, Prefer::default()),
         slow_start: section.duration("slow_start", secs(10)),
@@ -469,21 +470,99 @@ fn primary(section: &mut Section) -> Vec<RoleSource> {
                 name.map(|name| RoleSource::Instance { name: name.into() })
             }
             Some("dns") => lookup(&mut table).map(RoleSource::Dns),
-            Some(later @ ("consul" | "http" | "file")) => {
-                let what = format!("the role source \"{later}\"");
-                table.unsupported(&value, &what, "use \"litefs\", \"instance\" or \"dns\"");
-                drop(table.take_all());
-                None
-            }
+            Some("consul") => consul(&mut table).map(RoleSource::Consul),
+            Some("http") => http(&mut table),
+            Some("file") => file(&mut table),
             _ => {
-                table.missing("type", "one of \"litefs\", \"instance\", \"dns\"");
+                table.missing("type", ROLE_SOURCES);
                 drop(table.take_all());
                 None
             }
         };
-        sources.extend(source);
+        let Some(source) = source else { continue };
+        // Two of a kind could only contradict each other.
+        let kind = std::mem::discriminant(&source);
+        if sources.iter().any(|other| std::mem::discriminant(other) == kind) {
+            let help = Some("keep one of each type".to_owned());
+            let message = "two role sources of the same type".to_owned();
+            section.fault(&value.place, message, "the second one".into(), help);
+        }
+        sources.push(source);
     }
     sources
+}
+
+const ROLE_SOURCES: &str =
+    "one of \"litefs\", \"consul\", \"instance\", \"dns\", \"http\", \"file\"";
+
+fn tripwire(mut section: Section) -> u64 {
+    u64::try_from(section.count("transactions", 0, 1000)).unwrap_or(1000)
+}
+
+fn consul(table: &mut Section) -> Option<Consul> {
+    if !table.has("address") {
+        table.missing("address", "like \"http://127.0.0.1:8500\"");
+    }
+    if !table.has("key") {
+        table.missing("key", "lease.consul.key of litefs.yml, like \"litefs/abaci\"");
+    }
+    let address = table.parsed("address", "Consul's HTTP address", |text| {
+        let help = || "like \"http://127.0.0.1:8500\"".to_owned();
+        let uri: http::Uri = text.parse().map_err(|_| help())?;
+        if uri.scheme_str() == Some("https") {
+            let help = "https is not supported by this version: ask the agent beside litegate, \
+                        like \"http://127.0.0.1:8500\"";
+            return Err(help.to_owned());
+        }
+        let plain = uri.scheme_str() == Some("http") && uri.path() == "/" && uri.query().is_none();
+        let authority = uri.authority().filter(|a| plain && !a.as_str().contains('@'));
+        let authority = authority.ok_or_else(help)?;
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+        Ok((Arc::from(host), authority.port_u16().unwrap_or(8500)))
+    });
+    let key = table.parsed("key", "the lease's key", |key| {
+        let fits = !key.is_empty() && !key.starts_with('/') && !key.ends_with('/');
+        let help = "lease.consul.key of litefs.yml, behind the path of its url if it has one";
+        if fits { Ok(Arc::from(key)) } else { Err(help.to_owned()) }
+    });
+    let token = table.parsed("token", "a token", |token| {
+        let fits = !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic());
+        if fits { Ok(Secret::new(token)) } else { Err("visible ASCII".to_owned()) }
+    });
+    let datacenter = table.text("datacenter").filter(|name| !name.is_empty()).map(Into::into);
+    let (host, port) = address?;
+    Some(Consul { host, port, key: key?, token, datacenter })
+}
+
+fn http(table: &mut Section) -> Option<RoleSource> {
+    if !table.has("path") {
+        table.missing("path", "what answers 200 on the primary only, like \"/primary\"");
+    }
+    let path = table.parsed("path", "a path", absolute);
+    let port = table.integer("port", 1..=65535).and_then(|port| u16::try_from(port).ok());
+    let interval = table.duration("interval", secs(1)).max(Duration::from_millis(50));
+    let timeout = table.duration("timeout", Duration::from_millis(500));
+    Some(RoleSource::Http { path: path?, port, interval, timeout })
+}
+
+fn file(table: &mut Section) -> Option<RoleSource> {
+    let path = table.text("path").filter(|path| !path.is_empty());
+    if path.is_none() {
+        table.missing("path", "LiteFS's .primary, like \"/litefs/.primary\"");
+    }
+    let instance = table.text("instance").filter(|name| !name.is_empty()).map(Into::into);
+    let interval = table.duration("interval", Duration::from_millis(250));
+    let interval = interval.max(Duration::from_millis(10));
+    Some(RoleSource::File { path: path?.into(), instance, interval })
+}
+
+/// A path that is sent as it is written.
+fn absolute(path: &str) -> Result<Box<str>, String> {
+    if path.starts_with('/') && path.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(path.into())
+    } else {
+        Err("like \"/healthz\"".to_owned())
+    }
 }
 
 fn timeouts(mut section: Section) -> Timeouts {
@@ -497,15 +576,8 @@ fn timeouts(mut section: Section) -> Timeouts {
 }
 
 fn health(mut section: Section) -> Health {
-    let path = section.parsed("path", "a path", |path| {
-        if path.starts_with('/') && path.bytes().all(|byte| byte.is_ascii_graphic()) {
-            Ok(path.into())
-        } else {
-            Err("like \"/healthz\"".to_owned())
-        }
-    });
     Health {
-        path,
+        path: section.parsed("path", "a path", absolute),
         interval: section.duration("interval", secs(2)).max(Duration::from_millis(50)),
         timeout: section.duration("timeout", secs(1)),
         eject_after: u32::try_from(section.count("eject_after", 0, 5)).unwrap_or(5),
@@ -864,6 +936,63 @@ tiemout = "30s"
         for more in ["consistency]\nmode = \"token\"", "durability]\nreplicas = 1"] {
             let text = format!("{blind}[cluster.abaci.{more}\n");
             assert!(parsed(&text).unwrap_err().contains("positions"), "{text}");
+        }
+    }
+
+    fn with_primary(primary: &str) -> Result<Vec<RoleSource>, String> {
+        let text = LEAST.replace(r#"{ type = "litefs" }"#, primary);
+        parsed(&text).map(|config| config.clusters[0].primary.clone())
+    }
+
+    #[test]
+    fn every_role_source_is_read() {
+        let sources = with_primary(
+            r#"[
+  { type = "litefs" },
+  { type = "consul", address = "http://[::1]", key = "litefs/abaci", token = "x-1", datacenter = "dc1" },
+  { type = "http", path = "/primary", port = 8008, interval = "2s" },
+  { type = "file", path = "/litefs/.primary", instance = "abaci-app-0" },
+]"#,
+        );
+        let sources = sources.unwrap();
+        let consul = Consul {
+            host: "::1".into(),
+            port: 8500,
+            key: "litefs/abaci".into(),
+            token: Some(Secret::new("x-1")),
+            datacenter: Some("dc1".into()),
+        };
+        assert_eq!(sources[1], RoleSource::Consul(consul));
+        assert!(!format!("{sources:?}").contains("x-1"), "a token is shown to nobody");
+        let (interval, timeout) = (secs(2), Duration::from_millis(500));
+        let http =
+            RoleSource::Http { path: "/primary".into(), port: Some(8008), interval, timeout };
+        assert_eq!(sources[2], http);
+        assert_eq!(sources.len(), 4);
+    }
+
+    #[test]
+    fn a_role_source_that_can_not_work_is_refused() {
+        for (source, what) in [
+            (r#"{ type = "consul", address = "https://consul:8501", key = "a" }"#, "https is not"),
+            (r#"{ type = "consul", address = "consul:8500", key = "a" }"#, "like \"http://"),
+            (r#"{ type = "consul", address = "http://a:b@c", key = "a" }"#, "like \"http://"),
+            (
+                r#"{ type = "consul", address = "http://consul/litefs", key = "a" }"#,
+                "like \"http://",
+            ),
+            (r#"{ type = "consul", address = "http://consul", key = "/a" }"#, "lease.consul.key"),
+            (r#"{ type = "consul", address = "http://consul" }"#, "`key` is missing"),
+            (r#"{ type = "consul", key = "a" }"#, "`address` is missing"),
+            (r#"{ type = "consul", address = "http://c", key = "a", token = "a\nb" }"#, "`token`"),
+            (r#"{ type = "http" }"#, "`path` is missing"),
+            (r#"{ type = "http", path = "primary" }"#, "`path` needs"),
+            (r#"{ type = "file" }"#, "`path` is missing"),
+            (r#"{ type = "etcd" }"#, "\"consul\""),
+            (r#"[{ type = "litefs" }, { type = "litefs" }]"#, "of the same type"),
+        ] {
+            let faults = with_primary(source).unwrap_err();
+            assert!(faults.contains(what), "{source}:\n{faults}");
         }
     }
 

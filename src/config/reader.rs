@@ -146,6 +146,11 @@ impl Section {
         Some(self.entries.remove(index).value)
     }
 
+    /// Whether a key is written, rightly or wrongly.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.entries.iter().any(|entry| entry.key == key)
+    }
+
     /// All that is left, with names that the operator chose.
     pub(super) fn take_all(&mut self) -> Vec<Entry> {
         std::mem::take(&mut self.entries)

@@ -20,8 +20,10 @@ pub fn schema() -> Value {
         "type": "object",
         "required": ["type"],
         "properties": {
-            "type": words(&["litefs", "instance", "dns"]),
+            "type": words(&["litefs", "consul", "instance", "dns", "http", "file"]),
             "port": count, "poll": duration, "name": text, "resolvers": texts,
+            "address": text, "key": text, "token": text, "datacenter": text,
+            "path": text, "interval": duration, "timeout": duration, "instance": text,
         },
     });
     let cluster = table(json!({
@@ -41,6 +43,7 @@ pub fn schema() -> Value {
         "balance": words(&["peak-ewma", "least-request", "round-robin", "random"]),
         "prefer": words(&["any", "local"]),
         "max_lag": duration, "soft_lag": duration, "slow_start": duration,
+        "tripwire": table(json!({ "transactions": count })),
         "max_writes": count, "max_writes_wait": duration,
         "max_requests": count, "max_pending": count, "max_idle": count,
         "timeouts": table(json!({

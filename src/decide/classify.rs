@@ -302,6 +302,7 @@ mod tests {
             progress: std::sync::Arc::default(),
             local: false,
             near: false,
+            fenced: false,
         };
         let topology = Topology { nodes: vec![node], ..Topology::default() };
         let (a, prefer) = (Wanted::Node(NodeId(7)), Wanted::Prefer(NodeId(7)));

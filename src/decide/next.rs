@@ -343,6 +343,7 @@ mod tests {
             progress: Arc::default(),
             local: false,
             near: false,
+            fenced: false,
         };
         let nodes = vec![node(A, "a", Role::Primary), node(B, "b", Role::Replica)];
         Topology { primary: Some(A), nodes, ..Topology::default() }

@@ -364,6 +364,14 @@ fn is_label(name: &str) -> bool {
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
 
+/// The addresses of a name outside of any cluster, as the system knows it.
+pub(super) async fn addresses(name: &str) -> std::io::Result<Vec<IpAddr>> {
+    let lookup = Lookup { name: name.into(), resolvers: Vec::new() };
+    let resolver = resolver(&lookup).map_err(std::io::Error::other)?;
+    let found = resolver.lookup_ip(name).await.map_err(std::io::Error::other)?;
+    Ok(found.iter().filter(|ip| is_usable(*ip)).collect())
+}
+
 fn first_label(name: &str) -> &str {
     name.split('.').next().unwrap_or(name)
 }

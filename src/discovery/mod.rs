@@ -28,9 +28,10 @@ use crate::{
 };
 
 mod dns;
+mod probe;
 mod roles;
 
-use roles::Litefs;
+use roles::litefs::Litefs;
 
 const _: () = assert!(crate::config::cluster::DATABASES == crate::topology::position::DATABASES);
 
@@ -91,13 +92,14 @@ pub fn start(
     let rules = Rules {
         max_lag: cluster.max_lag,
         soft_lag: cluster.soft_lag,
+        tripwire: cluster.tripwire,
         eject: eject::Rules {
             after: cluster.health.eject_after,
             base: cluster.health.eject_base,
             max: cluster.health.eject_longest,
         },
         eject_max: cluster.health.eject_max,
-        local: hostname.filter(|_| cluster.prefer == Prefer::Local),
+        local: hostname.clone().filter(|_| cluster.prefer == Prefer::Local),
     };
     let mut state = State::new(rules, seed);
     if let Members::Static(nodes) = &cluster.members {
@@ -121,6 +123,7 @@ pub fn start(
     let folding = Fold {
         cluster: cluster.clone(),
         observer: observer.clone(),
+        hostname,
         state,
         publisher,
         watched: HashMap::new(),
@@ -136,6 +139,7 @@ pub fn start(
 struct Fold {
     cluster: Cluster,
     observer: Observer,
+    hostname: Option<Arc<str>>,
     state: State,
     publisher: watch::Publisher,
     /// The sources of each member: they end with it.
@@ -164,7 +168,8 @@ impl Fold {
         self.watch_members();
         loop {
             let never = Instant::now() + Duration::from_hours(1);
-            let deadline = self.state.deadline().map_or(never, Instant::from_std);
+            let now = Instant::now().into_std();
+            let deadline = self.state.deadline(now).map_or(never, Instant::from_std);
             let observation = tokio::select! {
                 observation = seen.recv() => match observation {
                     Some(observation) => Some(observation),
@@ -234,7 +239,8 @@ impl Fold {
         }
         for source in &self.cluster.primary {
             match source {
-                RoleSource::Litefs { .. } => {}
+                // Of each member: see below.
+                RoleSource::Litefs { .. } | RoleSource::Http { .. } => {}
                 RoleSource::Instance { name: instance } => {
                     let name = PrimaryName::Instance(Arc::clone(instance));
                     observer.observe(Saw::PrimaryIs(Some(name)), Source::Instance);
@@ -251,6 +257,15 @@ impl Fold {
                 RoleSource::Dns(lookup) => {
                     self.sources.spawn(dns::primary(lookup.clone(), observer.clone()));
                 }
+                RoleSource::Consul(consul) => {
+                    let follow = roles::consul::follow(consul.clone(), observer.clone());
+                    self.sources.spawn(follow);
+                }
+                RoleSource::File { path, instance, interval } => {
+                    let local = instance.clone().or_else(|| self.hostname.clone());
+                    let (path, observer) = (path.clone(), observer.clone());
+                    self.sources.spawn(roles::file::follow(path, local, *interval, observer));
+                }
             }
         }
     }
@@ -266,24 +281,34 @@ impl Fold {
             }
             let mut tasks = JoinSet::new();
             for source in &self.cluster.primary {
-                if let RoleSource::Litefs { port, poll } = source {
-                    let api = self.api(address, *port);
-                    let litefs = Litefs {
-                        member: address,
-                        api,
-                        progress: Arc::clone(&node.progress),
-                        databases: Arc::clone(&self.cluster.consistency.databases),
-                        observer: self.observer.clone(),
-                    };
-                    tasks.spawn(litefs.clone().poll(*poll));
-                    tasks.spawn(litefs.clone().follow());
-                    tasks.spawn(litefs.exact());
-                    tasks.spawn(roles::litefs_lag(address, api, self.observer.clone()));
+                let observer = || self.observer.clone();
+                match source {
+                    RoleSource::Litefs { port, poll } => {
+                        let litefs = Litefs {
+                            member: address,
+                            api: self.api(address, *port),
+                            progress: Arc::clone(&node.progress),
+                            databases: Arc::clone(&self.cluster.consistency.databases),
+                            observer: observer(),
+                        };
+                        tasks.spawn(litefs.clone().poll(*poll));
+                        tasks.spawn(litefs.clone().follow());
+                        tasks.spawn(litefs.clone().exact());
+                        tasks.spawn(litefs.lag());
+                    }
+                    RoleSource::Http { path, port, interval, timeout } => {
+                        let asked = port.map_or(address, |port| (address.ip(), port).into());
+                        let (path, every, limit) = (path.clone(), *interval, *timeout);
+                        let follow =
+                            roles::http::follow(address, asked, path, every, limit, observer());
+                        tasks.spawn(follow);
+                    }
+                    _ => {}
                 }
             }
             if let Some(path) = &self.cluster.health.path {
                 let health = &self.cluster.health;
-                tasks.spawn(roles::probe(
+                tasks.spawn(probe::probe(
                     address,
                     path.clone(),
                     health.interval,
@@ -345,6 +370,16 @@ fn record(cluster: &str, change: &Change) {
         Change::SplitBrain { claimants } => {
             error!(cluster, ?claimants, "two nodes claim to be primary: writes wait");
         }
+        Change::Tripped { node, database, seen, has } => {
+            let help = "POST /api/confirm?cluster=…&node=… if its data is right";
+            error!(cluster, %node, %database, seen, has, help, "new primary lacks data: writes wait");
+        }
+        Change::Fenced { node } => {
+            error!(cluster, %node, "node claims to be primary and gets no writes: fenced");
+        }
+        Change::LeaseReset => warn!(cluster, "Consul's history went back: its order begins anew"),
+        // The source says so itself, once.
+        Change::NoNews { .. } => {}
         Change::Joined { node, address } => info!(cluster, %node, %address, "node joined"),
         Change::Left { node } => info!(cluster, %node, "node left, drains"),
         Change::Restarted { node } => info!(cluster, %node, "node restarted"),

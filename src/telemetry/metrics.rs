@@ -21,7 +21,9 @@ use crate::{
         Class, FailureKind, Problem,
         token::{TokenRead, Void},
     },
-    topology::{Change, Freshness, Node, Presence, PrimaryGap, Role, Topology, watch},
+    topology::{
+        Change, Freshness, Node, Presence, PrimaryGap, Role, Source, Topology, Trouble, watch,
+    },
 };
 
 /// Nodes with counters of their own; later ones share the last place, named `other`.
@@ -149,6 +151,14 @@ families! {
         "Primary changes seen by this process.";
     SPLIT_BRAIN = gauge "litegate_split_brain" ["cluster"]
         "Whether two nodes claim to be primary and nothing settles it.";
+    TRIPWIRE = gauge "litegate_tripwire" ["cluster"]
+        "Whether a new primary lacks data and waits for an operator.";
+    FENCED = counter "litegate_fenced_claims_total" ["cluster"]
+        "Claims to be primary that got no writes.";
+    NODE_FENCED = gauge "litegate_node_fenced" ["cluster", "node"]
+        "Whether it claims to be primary and gets no writes.";
+    NO_NEWS = counter "litegate_role_source_failures_total" ["cluster", "source", "reason"]
+        "Questions for the primary that got no answer, or none that makes sense.";
     MEMBERS_STALE = gauge "litegate_members_stale" ["cluster"]
         "Whether the members could not be listed last time.";
     DNS_LOOKUPS = counter "litegate_dns_lookups_total" ["cluster", "result"]
@@ -671,7 +681,13 @@ struct Changes {
     ejected: u64,
     restarted: u64,
     lost: u64,
+    fenced: u64,
+    /// In the order of [`NAMERS`], then of [`Trouble::ALL`].
+    no_news: [[u64; Trouble::ALL.len()]; NAMERS.len()],
 }
+
+/// Sources that name the primary by themselves and may have no news.
+const NAMERS: [Source; 2] = [Source::Consul, Source::File];
 
 /// What is asked of a cluster at a scrape, since nobody counts it as it happens.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -777,6 +793,14 @@ impl Metrics {
             Change::Ejected { .. } => changes.ejected += 1,
             Change::Restarted { .. } => changes.restarted += 1,
             Change::WritesLost { writes, .. } => changes.lost += writes,
+            Change::Fenced { .. } => changes.fenced += 1,
+            Change::NoNews { source, why } => {
+                let counts = NAMERS.iter().zip(&mut changes.no_news);
+                let counts = counts.filter(|(named, _)| *named == source).map(|(_, counts)| counts);
+                for (trouble, count) in Trouble::ALL.iter().zip(counts.flatten()) {
+                    *count += u64::from(trouble == why);
+                }
+            }
             _ => {}
         }
     }
@@ -812,8 +836,9 @@ impl Metrics {
         page.one(TUNNELS, sum(shards, |s| s.tunnels.get()));
         let all = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         type Count = fn(&Changes) -> u64;
-        let families: [(&Family, Count); 4] = [
+        let families: [(&Family, Count); 5] = [
             (WRITES_LOST, |c| c.lost),
+            (FENCED, |c| c.fenced),
             (PRIMARY_CHANGES, |c| c.primary),
             (NODE_EJECTIONS, |c| c.ejected),
             (NODE_RESTARTS, |c| c.restarted),
@@ -822,6 +847,14 @@ impl Metrics {
             page.family(family);
             for (cluster, changes) in all.iter() {
                 page.line(family, &[cluster], count(changes));
+            }
+        }
+        page.family(NO_NEWS);
+        for (cluster, changes) in all.iter() {
+            for (source, counts) in NAMERS.iter().zip(&changes.no_news) {
+                for (why, count) in Trouble::ALL.iter().zip(counts) {
+                    page.line(NO_NEWS, &[cluster, source.as_str(), why.as_str()], count);
+                }
             }
         }
         drop(all);
@@ -1059,11 +1092,12 @@ fn topology(page: &mut Page, clusters: &mut [Seen]) {
         }
     }
     type Of = fn(&Topology) -> u64;
-    let families: [(&Family, Of); 4] = [
+    let families: [(&Family, Of); 5] = [
         (PRIMARY_KNOWN, |t| u64::from(t.primary.is_some())),
         (SPLIT_BRAIN, |t| {
             u64::from(t.primary.is_none() && t.primary_gap == PrimaryGap::SplitBrain)
         }),
+        (TRIPWIRE, |t| u64::from(t.primary.is_none() && t.primary_gap == PrimaryGap::Tripped)),
         (MEMBERS_STALE, |t| u64::from(t.stale)),
         (TERM, |t| t.term),
     ];
@@ -1075,8 +1109,9 @@ fn topology(page: &mut Page, clusters: &mut [Seen]) {
     }
     let now = tokio::time::Instant::now().into_std();
     type OfNode = fn(&Node, Instant) -> f64;
-    let families: [(&Family, OfNode); 5] = [
+    let families: [(&Family, OfNode); 6] = [
         (IS_PRIMARY, |n, _| f64::from(u8::from(n.role == Role::Primary))),
+        (NODE_FENCED, |n, _| f64::from(u8::from(n.fenced))),
         (NODE_HEALTHY, |n, _| f64::from(u8::from(n.probed_healthy))),
         (NODE_EJECTED, |n, now| f64::from(u8::from(n.record.is_ejected(now)))),
         (NODE_LAG, |n, _| n.lag.map_or(f64::NAN, |lag| lag.as_secs_f64())),
@@ -1259,6 +1294,7 @@ mod tests {
             probed_healthy: true,
             admitted: None,
             local: false,
+            fenced: false,
             near: false,
             progress: Arc::default(),
         };

@@ -117,6 +117,9 @@ async fn said(world: &World, node: usize, wire: &mut Wire, head: &Head) -> Optio
             });
             Said::ok("", echo.to_string())
         }
+        // A role check, as Patroni's.
+        ("primary", _) if world.state().is_primary(node) => Said::ok("", "primary"),
+        ("primary", _) => Said::error("503 Service Unavailable", "replica"),
         ("whoami", _) => Said::ok("", name),
         ("bytes", _) => Said::ok("", vec![b'x'; number]),
         ("sleep", _) => {

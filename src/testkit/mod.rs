@@ -57,6 +57,7 @@ use tokio::{
 mod api;
 mod app;
 pub mod client;
+pub mod consul;
 mod proxy;
 mod state;
 mod wire;
@@ -350,6 +351,11 @@ impl Cluster {
     /// The node's process is there again, another one with the same disk.
     pub fn restart(&self, node: usize) {
         self.world.state().restart(node, Instant::now());
+    }
+
+    /// The same on an empty disk. Stall the node first, or it is soon full again.
+    pub fn restart_empty(&self, node: usize) {
+        self.world.state().restart_empty(node, Instant::now());
     }
 
     /// The node accepts and answers nothing, or goes on.

@@ -368,6 +368,13 @@ impl State {
         self.ring();
     }
 
+    pub(super) fn restart_empty(&mut self, n: usize, now: Instant) {
+        if let Some(dead) = self.nodes.get_mut(n) {
+            dead.databases.iter_mut().for_each(|database| *database = Database::default());
+        }
+        self.restart(n, now);
+    }
+
     /// The lease has run out: the first candidate that lives takes it.
     pub(super) fn expire(&mut self, now: Instant) {
         if self.primary.is_none() && self.killed_at.take().is_some() {

@@ -84,6 +84,8 @@ pub enum PrimaryGap {
     Unreachable,
     /// Two nodes claim the role and nothing tells which claim is newer.
     SplitBrain,
+    /// The claimant lacks so much of what was seen that an operator has to confirm it.
+    Tripped,
 }
 
 /// One incarnation of a node: a restarted process, or a new pod on an old address, is another.
@@ -93,6 +95,7 @@ pub struct NodeId(pub u64);
 
 /// One pod or process of a cluster, as believed.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Node {
     /// Identity within this run of litegate.
     pub id: NodeId,
@@ -119,6 +122,9 @@ pub struct Node {
     pub local: bool,
     /// Whether it is known to be in the same zone as this process.
     pub near: bool,
+    /// It claims to be the primary and gets no writes, since another claim outweighs its own or
+    /// nothing tells which one does. What it acknowledges now may be thrown away.
+    pub fenced: bool,
     /// Where its databases are: not part of the snapshot, but always the latest.
     pub progress: Arc<Progress>,
 }
@@ -203,12 +209,61 @@ pub enum Source {
     Instance,
     /// `primary = { type = "dns" }`.
     Dns,
+    /// `primary = { type = "consul" }`: the lease key.
+    Consul,
+    /// `primary = { type = "http" }`: a path that answers 200 on the primary.
+    Http,
+    /// `primary = { type = "file" }`: LiteFS's `.primary`.
+    File,
     /// A `fly-replay` answer.
     Replay,
     /// The active health probe.
     Probe,
     /// The data plane: how requests ended.
     Traffic,
+    /// Somebody by the admin API.
+    Operator,
+}
+
+impl Source {
+    /// The word for logs and metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Members => "members",
+            Self::Litefs => "litefs",
+            Self::Instance => "instance",
+            Self::Dns => "dns",
+            Self::Consul => "consul",
+            Self::Http => "http",
+            Self::File => "file",
+            Self::Replay => "replay",
+            Self::Probe => "probe",
+            Self::Traffic => "traffic",
+            Self::Operator => "operator",
+        }
+    }
+}
+
+/// Why a source has no news.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Trouble {
+    /// It does not answer.
+    Unreachable,
+    /// It answers something that it never should.
+    Malformed,
+}
+
+impl Trouble {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Unreachable, Self::Malformed];
+
+    /// The word for logs and metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Unreachable => "unreachable",
+            Self::Malformed => "malformed",
+        }
+    }
 }
 
 /// What was seen.
@@ -225,7 +280,8 @@ pub enum Saw {
         /// Its instance name.
         name: Arc<str>,
     },
-    /// A node spoke of itself: LiteFS's `/info` or an event of `/events`.
+    /// A node spoke of itself: LiteFS's `/info`, an event of `/events`, or an HTTP probe for the
+    /// role.
     Claim {
         /// The member that spoke.
         address: SocketAddr,
@@ -247,6 +303,20 @@ pub enum Saw {
     /// A source that knows the cluster's primary by itself named it: configuration, or a DNS name.
     /// `None`: it knows that there is none.
     PrimaryIs(Option<PrimaryName>),
+    /// Who holds the lease key in Consul.
+    Lease {
+        /// `None`: the key is missing or empty.
+        holder: Option<Holder>,
+        /// The key's `ModifyIndex`, which orders its holders.
+        index: u64,
+        /// The index went back because Consul's history did, rather than since this is old news.
+        reset: bool,
+    },
+    /// A source that names the primary by itself has nothing to say now. That is neither a loss
+    /// nor a claim: what it said last grows old.
+    NoNews(Trouble),
+    /// An operator confirms a claimant that lacks much of what was seen.
+    Confirmed(Arc<str>),
     /// Somebody else named the primary: evidence, weaker than any node's own word.
     PrimaryHint(Arc<str>),
     /// The active probe's verdict.
@@ -295,6 +365,31 @@ pub enum Change {
     SplitBrain {
         /// Who.
         claimants: Vec<Arc<str>>,
+    },
+    /// A node claims to be primary, but lacks too much of what was seen.
+    Tripped {
+        /// Its name.
+        node: Arc<str>,
+        /// The database that is short.
+        database: Arc<str>,
+        /// How far that was seen.
+        seen: u64,
+        /// How far the node has it. Zero: not at all.
+        has: u64,
+    },
+    /// A node claims to be primary and gets no writes.
+    Fenced {
+        /// Its name.
+        node: Arc<str>,
+    },
+    /// Consul's history went back, and with it the order of its lease's holders.
+    LeaseReset,
+    /// A source that names the primary by itself has no news.
+    NoNews {
+        /// Which.
+        source: Source,
+        /// Why.
+        why: Trouble,
     },
     /// A node is listed that was not.
     Joined {
@@ -364,6 +459,15 @@ pub enum PrimaryName {
     Instance(Arc<str>),
     /// By one of its IP addresses (ports are not compared).
     Addresses(Vec<std::net::IpAddr>),
+}
+
+/// Who holds a lease, by its own words in the key.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Holder {
+    /// `hostname`: the instance name.
+    pub name: Arc<str>,
+    /// The host of `advertise-url`, for where the name says nothing to us.
+    pub advertised: Option<Arc<str>>,
 }
 
 /// One listed member.

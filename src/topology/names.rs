@@ -67,6 +67,7 @@ mod tests {
             progress: std::sync::Arc::default(),
             local: false,
             near: false,
+            fenced: false,
         }
     }
 

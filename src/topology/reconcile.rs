@@ -1,18 +1,29 @@
 //! What is believed, from what was seen: `(state, observation, now) → changes`.
 //!
 //! Who is primary, in this order:
-//! 1. a node's own claim. Of two, the one whose beginning was seen while the other already stood;
-//!    where no order was seen, nobody gets writes (never a vote: see `reference/litefs.md`
-//!    section 6). A claimant that is silent for [`SILENT_GRACE`] is none for the time being; when
-//!    the same process answers again, it resumes its old claim rather than starting a newer one.
-//! 2. a name learned from a `fly-replay` answer in the last [`HINT_LIFE`], if nobody speaks for
-//!    itself: a configured name may be wrong, and the node that refused the write knows better.
-//! 3. what the configuration or a DNS name says.
+//! 1. a node's own claim. Where several sources speak of a node, it claims only if all of them
+//!    say so. Of two claims, the one that Consul's lease key names, while the key is fresh; else
+//!    the one whose beginning was seen while the other already stood; where no order was seen,
+//!    nobody gets writes (never a vote: see `reference/litefs.md` section 6). A claimant that is
+//!    silent for [`SILENT_GRACE`] is none for the time being; when the same process answers again,
+//!    it resumes its old claim rather than starting a newer one. For [`FENCE`] a silent claim
+//!    still keeps an older one from the writes: what that one acknowledges would be thrown away.
+//! 2. a name, if nobody speaks for itself: of the holder of a fresh lease; from a `fly-replay`
+//!    answer in the last [`HINT_LIFE`] (a configured name may be wrong, and the node that refused
+//!    the write knows better); from an old lease, a file, DNS, the configuration.
+//!
+//! A new primary that lacks a database that was seen, or more than [`Rules::tripwire`] of its
+//! transactions, gets no writes until it has them or an operator confirms it: an empty node may
+//! win the lease. The same process is asked once.
+//!
+//! What replicas say of others never counts against silence: they name a frozen or cut-off primary
+//! for minutes. A source without news is neither a loss nor a claim.
 //!
 //! An empty or failed listing of members changes nothing but [`Topology::stale`]. A member that
 //! is no longer listed drains for [`DRAIN_GRACE`] and is then forgotten.
 //!
-//! Pure: the caller brings the time; nothing here waits, logs or counts.
+//! Pure, but that it looks into the cells with the nodes' positions: the caller brings the time;
+//! nothing here waits, logs or counts.
 
 use std::{
     collections::BTreeMap,
@@ -22,14 +33,21 @@ use std::{
 };
 
 use super::{
-    Change, Claim, Epoch, Freshness, Member, Node, NodeId, Observation, Presence, PrimaryGap,
-    PrimaryName, Role, Saw, Topology, eject,
+    Change, Claim, Epoch, Freshness, Holder, Member, Node, NodeId, Observation, Presence,
+    PrimaryGap, PrimaryName, Role, Saw, Source, Topology, eject,
     position::Positions,
     progress::{Bell, Progress},
 };
 
 /// How long a claimant may be silent.
 const SILENT_GRACE: Duration = Duration::from_secs(1);
+/// How long a silent claim outweighs an older one: what a lease needs to move after a crash.
+const FENCE: Duration = Duration::from_secs(30);
+/// How long a lease key of which there is no news decides between claims.
+const LEASE_GRACE: Duration = Duration::from_secs(1);
+/// How long a new claimant's positions may stay unknown before it is believed without them: longer
+/// than it takes to open the stream of a restarted node again.
+const POSITIONS_GRACE: Duration = Duration::from_secs(3);
 /// How long a name learned from a replay counts.
 const HINT_LIFE: Duration = Duration::from_secs(30);
 /// How long a node that is no longer listed is remembered.
@@ -52,6 +70,8 @@ pub struct Rules {
     pub eject_max: f64,
     /// The instance name of the pod beside us.
     pub local: Option<Arc<str>>,
+    /// How many transactions a new primary may lack. Zero: any number, and whole databases.
+    pub tripwire: u64,
 }
 
 /// Everything known of one cluster.
@@ -60,13 +80,21 @@ pub struct State {
     rules: Rules,
     nodes: BTreeMap<SocketAddr, Known>,
     next_id: u64,
-    /// Orders the beginnings of claims.
-    next_claim: u64,
+    /// Counts what nodes said, so that beginnings of claims have an order.
+    tick: u64,
     /// The first cluster id that a node told.
     cluster: Option<Arc<str>>,
-    /// What the configuration or DNS says.
-    named: Option<PrimaryName>,
+    /// Consul's lease key, once it was read.
+    lease: Option<Lease>,
+    /// What a file, DNS and the configuration say, the strongest first.
+    named: [Option<Named>; NAMERS.len()],
     hint: Option<(Arc<str>, Instant)>,
+    /// Where the primary was when it last spoke.
+    seen: Option<Arc<Positions>>,
+    /// The process that an operator confirmed (`Litefs-Id`).
+    confirmed: Option<u64>,
+    /// Who was primary by an earlier configuration: until it speaks for itself or is named.
+    seeded: Option<NodeId>,
     believed: Topology,
     gap_since: Option<Instant>,
     gap_from: Option<Arc<str>>,
@@ -80,22 +108,77 @@ struct Known {
     node: Node,
     listed_name: bool,
     incarnation: Option<u64>,
-    /// It said what it is.
-    spoke: bool,
+    /// What each source that speaks of it said last.
+    words: Vec<Word>,
     claims: Option<Standing>,
+    claimed_at: Option<Instant>,
+    /// The last tick at which it was known to be no primary.
+    denied: Option<u64>,
+    /// The last tick at which it was heard.
+    heard: Option<u64>,
     /// Where it was when it became primary, as far as that was seen.
     positions: Option<Arc<Positions>>,
-    silent_since: Option<Instant>,
     left_at: Option<Instant>,
     refused: bool,
 }
 
-/// A standing claim to be primary.
+/// What one source said of a node.
+#[derive(Clone, Copy, Debug)]
+struct Word {
+    source: Source,
+    is_primary: bool,
+    silent_since: Option<Instant>,
+}
+
+/// A standing claim to be primary: it began between two ticks.
 #[derive(Clone, Copy, Debug)]
 struct Standing {
-    /// The order of its beginning, if that was seen.
-    began: Option<u64>,
+    /// It had not begun then. `None`: nobody was looking.
+    after: Option<u64>,
+    /// It had begun then.
+    by: u64,
 }
+
+impl Standing {
+    /// Whether it certainly began when `other` already stood.
+    fn is_newer_than(self, other: Self) -> bool {
+        self.after.is_some_and(|after| after > other.by)
+    }
+}
+
+/// Consul's lease key.
+#[derive(Clone, Debug)]
+struct Lease {
+    holder: Option<Holder>,
+    index: u64,
+    silent_since: Option<Instant>,
+}
+
+impl Lease {
+    fn is_fresh(&self, now: Instant) -> bool {
+        self.silent_since.is_none_or(|since| now < since + LEASE_GRACE)
+    }
+}
+
+/// What a claimant lacks.
+#[derive(Debug)]
+enum Lacks {
+    Nothing,
+    /// It has not told yet.
+    Unknown,
+    /// Of this database, which was seen so far, it has only so much.
+    Database(Arc<str>, u64, u64),
+}
+
+/// What a source that only names the primary said last.
+#[derive(Clone, Debug)]
+enum Named {
+    Nobody,
+    By(PrimaryName),
+}
+
+/// The sources that only name the primary, the strongest first.
+const NAMERS: [Source; 3] = [Source::File, Source::Dns, Source::Instance];
 
 impl State {
     /// Nothing is known. `seed`: what an earlier configuration believed, so that a reload does
@@ -105,10 +188,14 @@ impl State {
             rules,
             nodes: BTreeMap::new(),
             next_id: 0,
-            next_claim: 0,
+            tick: 0,
             cluster: None,
-            named: None,
+            lease: None,
+            named: [const { None }; NAMERS.len()],
             hint: None,
+            seen: None,
+            confirmed: None,
+            seeded: None,
             believed: Topology::default(),
             gap_since: None,
             gap_from: None,
@@ -120,10 +207,11 @@ impl State {
         if let Some(seed) = seed {
             state.next_id = seed.nodes.iter().map(|node| node.id.0 + 1).max().unwrap_or(0);
             for node in &seed.nodes {
-                let mut known = Known::new(node.clone(), true);
-                known.claims = (seed.primary == Some(node.id)).then_some(Standing { began: None });
-                state.nodes.insert(node.address, known);
+                state.nodes.insert(node.address, Known::new(node.clone(), true));
             }
+            state.seeded = seed.primary;
+            let positions = seed.primary().map(|node| node.progress.snapshot());
+            state.seen = positions.filter(|known| known.incarnation.is_some());
             state.resolved = seed.resolved;
             state.cluster.clone_from(&seed.cluster_id);
             state.believed = seed.clone();
@@ -136,13 +224,18 @@ impl State {
         &self.believed
     }
 
-    /// When something changes by time alone.
-    pub fn deadline(&self) -> Option<Instant> {
+    /// When something changes by time alone, after `now`.
+    pub fn deadline(&self, now: Instant) -> Option<Instant> {
         let silent = self.nodes.values().filter(|n| n.claims.is_some());
-        let silent = silent.filter_map(|n| n.silent_since).map(|since| since + SILENT_GRACE);
+        let silent = silent.filter_map(Known::silent_since);
+        let silent = silent.flat_map(|since| [since + SILENT_GRACE, since + FENCE]);
+        let lease = self.lease.iter().filter_map(|lease| lease.silent_since);
+        let silent = silent.chain(lease.map(|since| since + LEASE_GRACE));
         let left = self.nodes.values().filter_map(|n| n.left_at).map(|at| at + DRAIN_GRACE);
         let hint = self.hint.iter().map(|(_, at)| *at + HINT_LIFE);
-        silent.chain(left).chain(hint).min()
+        let claimed = self.nodes.values().filter_map(|n| n.claimed_at);
+        let silent = silent.chain(claimed.map(|at| at + POSITIONS_GRACE));
+        silent.chain(left).chain(hint).filter(|at| *at > now).min()
     }
 
     /// Takes note of what was seen, or, with `None`, that time has passed. Returns what is
@@ -183,14 +276,51 @@ impl State {
                     changes.push(Change::Named { node: Arc::clone(name), address: *address });
                 }
             }
-            Saw::Claim { address, claim } => self.claim(*address, claim, at, changes),
+            Saw::Claim { address, claim } => {
+                self.claim(*address, claim, observation.source, at, changes);
+            }
             Saw::Silent { address } => {
                 if let Some(known) = self.nodes.get_mut(address) {
-                    known.silent_since.get_or_insert(at);
+                    // A source that never spoke of it has nothing to take back.
+                    let word = known.words.iter_mut().find(|w| w.source == observation.source);
+                    if let Some(word) = word {
+                        word.silent_since.get_or_insert(at);
+                    }
+                    self.seeded.take_if(|id| *id == known.node.id);
                 }
             }
             Saw::Lag { address, lag } => self.lag(*address, *lag, changes),
-            Saw::PrimaryIs(name) => self.named.clone_from(name),
+            Saw::PrimaryIs(name) => {
+                if let Some(place) = NAMERS.iter().position(|s| *s == observation.source)
+                    && let Some(named) = self.named.get_mut(place)
+                {
+                    *named = Some(name.clone().map_or(Named::Nobody, Named::By));
+                    self.seeded = None;
+                }
+            }
+            Saw::Lease { holder, index, reset } => {
+                self.lease(holder.as_ref(), *index, *reset, changes);
+            }
+            Saw::NoNews(why) => {
+                let (source, why) = (observation.source, *why);
+                changes.push(Change::NoNews { source, why });
+                if source == Source::Consul
+                    && let Some(lease) = &mut self.lease
+                {
+                    lease.silent_since.get_or_insert(at);
+                }
+                if let Some(place) = NAMERS.iter().position(|s| *s == source)
+                    && source == Source::File
+                    && let Some(named) = self.named.get_mut(place)
+                {
+                    *named = None;
+                }
+            }
+            Saw::Confirmed(name) => {
+                let node = self.listed(name).map(|node| node.address);
+                let known = node.and_then(|address| self.nodes.get(&address));
+                self.confirmed = known.and_then(|known| known.incarnation).or(self.confirmed);
+            }
             Saw::PrimaryHint(name) => self.hint = Some((Arc::clone(name), at)),
             Saw::Probed { address, healthy } => {
                 if let Some(known) = self.nodes.get_mut(address)
@@ -248,6 +378,7 @@ impl State {
                 record: eject::Record::default(),
                 probed_healthy: true,
                 admitted: (!first).then_some(at),
+                fenced: false,
                 progress: Progress::new(Arc::clone(&self.bell)),
             };
             self.nodes.insert(member.address, Known::new(node, listed));
@@ -262,10 +393,31 @@ impl State {
         }
     }
 
+    /// Takes note of the lease key. A lower index is old news, unless Consul's history went back.
+    fn lease(
+        &mut self,
+        holder: Option<&Holder>,
+        index: u64,
+        reset: bool,
+        changes: &mut Vec<Change>,
+    ) {
+        if let Some(lease) = &self.lease
+            && index < lease.index
+        {
+            if !reset {
+                return;
+            }
+            changes.push(Change::LeaseReset);
+        }
+        self.lease = Some(Lease { holder: holder.cloned(), index, silent_since: None });
+        self.seeded = None;
+    }
+
     fn claim(
         &mut self,
         address: SocketAddr,
         claim: &Claim,
+        source: Source,
         at: Instant,
         changes: &mut Vec<Change>,
     ) {
@@ -278,10 +430,10 @@ impl State {
             (_, None) => true,
         };
         let Some(known) = self.nodes.get_mut(&address) else { return };
-        known.silent_since = None;
+        self.seeded.take_if(|id| *id == known.node.id);
         if !ours {
             known.claims = None;
-            known.spoke = false;
+            known.words.clear();
             if !std::mem::replace(&mut known.refused, true) {
                 known.node.probed_healthy = false;
                 let cluster = claim.cluster.clone().unwrap_or_else(|| "".into());
@@ -295,9 +447,12 @@ impl State {
         if let (Some(old), Some(new)) = (known.incarnation, claim.incarnation)
             && old != new
         {
-            // Another process: what was known of the old one is worth nothing.
+            // Another process: what was known of the old one is worth nothing, but that this one
+            // can't have claimed anything before the old one was last heard.
             known.claims = None;
             known.positions = None;
+            known.words.clear();
+            known.denied = known.heard;
             known.node.id = NodeId(self.next_id);
             self.next_id += 1;
             known.node.record = eject::Record::default();
@@ -310,16 +465,19 @@ impl State {
         if claim.positions.is_some() || !claim.is_primary {
             known.positions.clone_from(&claim.positions);
         }
-        let seen_before = std::mem::replace(&mut known.spoke, true);
-        match (claim.is_primary, known.claims) {
-            (true, None) => {
-                // Its beginning was seen if the node was heard before it claimed.
-                let began = seen_before.then_some(self.next_claim);
-                self.next_claim += 1;
-                known.claims = Some(Standing { began });
-            }
-            (false, _) => known.claims = None,
-            (true, Some(_)) => {}
+        self.tick += 1;
+        known.heard = Some(self.tick);
+        let word = Word { source, is_primary: claim.is_primary, silent_since: None };
+        match known.words.iter_mut().find(|word| word.source == source) {
+            Some(old) => *old = word,
+            None => known.words.push(word),
+        }
+        if !known.words.iter().all(|word| word.is_primary) {
+            known.claims = None;
+            known.denied = Some(self.tick);
+        } else if known.claims.is_none() {
+            known.claims = Some(Standing { after: known.denied, by: self.tick });
+            known.claimed_at = Some(at);
         }
     }
 
@@ -368,20 +526,32 @@ impl State {
 
     /// Draws the conclusions.
     fn believe(&mut self, now: Instant, changes: &mut Vec<Change>) {
+        self.settle_by_lease(now);
         let (primary, gap) = self.primary(now);
-        let anything = primary.is_some() || self.nodes.values().any(|known| known.spoke);
+        let known = self.nodes.values().find(|known| Some(known.node.id) == primary);
+        let told = known.filter(|known| known.claims.is_some()).and_then(Known::told);
+        self.seen = told.or(self.seen.take());
+        let anything = primary.is_some() || self.nodes.values().any(Known::spoke);
         let mut nodes: Vec<Node> = Vec::with_capacity(self.nodes.len());
         for known in self.nodes.values_mut() {
             known.node.role = match primary {
                 Some(id) if id == known.node.id => Role::Primary,
                 _ if known.refused => Role::Unknown,
-                _ if known.spoke || anything => Role::Replica,
+                _ if known.spoke() || anything => Role::Replica,
                 _ => Role::Unknown,
             };
+            let fenced = known.is_claimant(now) && primary != Some(known.node.id);
+            if fenced && !known.node.fenced {
+                changes.push(Change::Fenced { node: Arc::clone(&known.node.name) });
+            }
+            known.node.fenced = fenced;
             let mut node = known.node.clone();
             if node.role == Role::Primary {
                 // It is what the others are behind of.
                 node.freshness = Freshness::Fresh;
+            } else if fenced {
+                // It follows nobody, whatever it says of its lag.
+                node.freshness = Freshness::TooFar;
             }
             nodes.push(node);
         }
@@ -422,6 +592,14 @@ impl State {
             let claimants = self.claimants(now).map(|known| Arc::clone(&known.node.name));
             changes.push(Change::SplitBrain { claimants: claimants.collect() });
         }
+        if gap == PrimaryGap::Tripped && (old.primary.is_some() || old.primary_gap != gap) {
+            for known in self.claimants(now) {
+                if let Lacks::Database(database, seen, has) = self.lacks(known, now) {
+                    let node = Arc::clone(&known.node.name);
+                    changes.push(Change::Tripped { node, database, seen, has });
+                }
+            }
+        }
         self.believed = Topology {
             generation: old.generation + 1,
             term,
@@ -458,56 +636,127 @@ impl State {
         kept.iter().skip(skipped).cloned().chain([epoch]).collect()
     }
 
-    /// Listed nodes that claim to be primary and can be heard.
+    /// Nodes that claim to be primary and can be heard.
     fn claimants(&self, now: Instant) -> impl Iterator<Item = &Known> {
-        self.nodes.values().filter(move |known| {
-            known.claims.is_some()
-                && !known.refused
-                && known.silent_since.is_none_or(|since| now < since + SILENT_GRACE)
-        })
+        self.nodes.values().filter(move |known| known.is_claimant(now))
+    }
+
+    /// Of two claims the one that a fresh lease key names is the newer, from now on.
+    fn settle_by_lease(&mut self, now: Instant) {
+        let lease = self.lease.as_ref().filter(|lease| lease.is_fresh(now));
+        let Some(holder) = lease.and_then(|lease| lease.holder.as_ref()) else { return };
+        let Some(address) = self.held_by(holder).map(|node| node.address) else { return };
+        let standing = |known: &Known| known.claims.filter(|_| !known.refused);
+        let Some(its) = self.nodes.get(&address).and_then(standing) else { return };
+        let mut others = self.nodes.iter().filter(|(other, _)| **other != address);
+        let contested =
+            others.any(|(_, k)| standing(k).is_some_and(|other| !its.is_newer_than(other)));
+        if contested && let Some(known) = self.nodes.get_mut(&address) {
+            self.tick += 2;
+            known.claims = Some(Standing { after: Some(self.tick - 1), by: self.tick });
+        }
     }
 
     fn primary(&self, now: Instant) -> (Option<NodeId>, PrimaryGap) {
-        let mut claimants = self.claimants(now);
-        if let Some(first) = claimants.next() {
-            let Some(second) = claimants.next() else {
-                return (Some(first.node.id), PrimaryGap::Unknown);
+        let newest = self.claimants(now).find_map(|known| {
+            let its = known.claims?;
+            let is_other = |other: &&Known| other.node.id != known.node.id;
+            let mut others = self.claimants(now).filter(is_other).filter_map(|k| k.claims);
+            others.all(|other| its.is_newer_than(other)).then_some((known.node.id, its))
+        });
+        if let Some((id, its)) = newest {
+            let outweighs = |known: &Known| {
+                let lasts = known.silent_since().is_some_and(|since| now < since + FENCE);
+                !known.refused && lasts && known.claims.is_some_and(|c| c.is_newer_than(its))
             };
-            let order = |known: &Known| known.claims.and_then(|standing| standing.began);
-            let all = [first, second].into_iter().chain(claimants);
-            // A claim whose beginning was seen is newer than one that stood already.
-            let newest = all.max_by_key(|known| order(known));
-            return match newest.filter(|known| order(known).is_some()) {
-                Some(newest) => (Some(newest.node.id), PrimaryGap::Unknown),
-                None => (None, PrimaryGap::SplitBrain),
+            if self.nodes.values().any(outweighs) {
+                return (None, PrimaryGap::Unreachable);
+            }
+            let known = self.nodes.values().find(|known| known.node.id == id);
+            return match known.map(|known| self.lacks(known, now)) {
+                Some(Lacks::Database(..)) => (None, PrimaryGap::Tripped),
+                Some(Lacks::Unknown) => (None, PrimaryGap::Unknown),
+                Some(Lacks::Nothing) | None => (Some(id), PrimaryGap::Unknown),
             };
+        }
+        if self.claimants(now).next().is_some() {
+            return (None, PrimaryGap::SplitBrain);
         }
         if self.nodes.values().any(|known| known.claims.is_some()) {
             return (None, PrimaryGap::Unreachable);
         }
+        if let Some(id) = self.seeded
+            && self.nodes.values().any(|known| known.node.id == id)
+        {
+            return (Some(id), PrimaryGap::Unknown);
+        }
         // Nodes that speak for themselves, and none of them claims: names given by others are
         // old news.
-        if self.nodes.values().any(|known| known.spoke && known.silent_since.is_none()) {
+        if self.nodes.values().any(|known| known.spoke() && known.silent_since().is_none()) {
             return (None, PrimaryGap::Unknown);
+        }
+        self.by_name(now)
+    }
+
+    /// What a claimant lacks of what was seen: of the primary before, or, where there was none
+    /// yet, of the other nodes.
+    fn lacks(&self, known: &Known, now: Instant) -> Lacks {
+        let Some(process) = known.incarnation else { return Lacks::Nothing };
+        let is_known = self.believed.lineage.last().is_some_and(|last| last.incarnation == process);
+        if is_known || self.confirmed == Some(process) || self.rules.tripwire == 0 {
+            return Lacks::Nothing;
+        }
+        let Some(told) = known.told() else {
+            let waits = known.claimed_at.is_some_and(|at| now < at + POSITIONS_GRACE);
+            return if waits && self.seen.is_some() { Lacks::Unknown } else { Lacks::Nothing };
+        };
+        let others = self.nodes.values().filter(|k| k.node.id != known.node.id && !k.refused);
+        let others = others.filter(|_| self.seen.is_none()).filter_map(Known::told);
+        let seen: Vec<_> = self.seen.iter().cloned().chain(others).collect();
+        for (database, name, position) in seen.iter().flat_map(|positions| positions.iter()) {
+            let has = told.get(database).map_or(0, |position| position.txid);
+            let allowed = if has == 0 { 0 } else { self.rules.tripwire };
+            if position.txid.saturating_sub(has) > allowed {
+                return Lacks::Database(name.into(), position.txid, has);
+            }
+        }
+        Lacks::Nothing
+    }
+
+    /// Who is primary where no node speaks for itself.
+    fn by_name(&self, now: Instant) -> (Option<NodeId>, PrimaryGap) {
+        let verdict = |node: Option<&Node>| match node {
+            Some(node) => (Some(node.id), PrimaryGap::Unknown),
+            None => (None, PrimaryGap::NotAMember),
+        };
+        let held = |lease: &Lease| match &lease.holder {
+            Some(holder) => verdict(self.held_by(holder)),
+            None => (None, PrimaryGap::Unknown),
+        };
+        if let Some(lease) = self.lease.as_ref().filter(|lease| lease.is_fresh(now)) {
+            return held(lease);
         }
         if let Some((name, _)) = &self.hint
             && let Some(node) = self.listed(name)
         {
             return (Some(node.id), PrimaryGap::Unknown);
         }
-        let named = match &self.named {
-            None => return (None, PrimaryGap::Unknown),
-            Some(PrimaryName::Instance(name)) => self.listed(name),
-            Some(PrimaryName::Addresses(addresses)) => {
+        if let Some(lease) = &self.lease {
+            return held(lease);
+        }
+        match self.named.iter().flatten().next() {
+            None | Some(Named::Nobody) => (None, PrimaryGap::Unknown),
+            Some(Named::By(PrimaryName::Instance(name))) => verdict(self.listed(name)),
+            Some(Named::By(PrimaryName::Addresses(addresses))) => {
                 let here = |known: &&Known| addresses.contains(&known.node.address.ip());
                 let mut listed = self.nodes.values().filter(here).map(|known| &known.node);
-                listed.next().filter(|_| listed.next().is_none())
+                verdict(listed.next().filter(|_| listed.next().is_none()))
             }
-        };
-        match named {
-            Some(node) => (Some(node.id), PrimaryGap::Unknown),
-            None => (None, PrimaryGap::NotAMember),
         }
+    }
+
+    fn held_by(&self, holder: &Holder) -> Option<&Node> {
+        self.listed(&holder.name).or_else(|| self.listed(holder.advertised.as_ref()?))
     }
 
     fn listed(&self, name: &str) -> Option<&Node> {
@@ -523,13 +772,37 @@ impl Known {
             node,
             listed_name,
             incarnation: None,
-            spoke: false,
+            words: Vec::new(),
             claims: None,
+            claimed_at: None,
+            denied: None,
+            heard: None,
             positions: None,
-            silent_since: None,
             left_at: None,
             refused: false,
         }
+    }
+
+    /// Where this very process is, as far as it is known now.
+    fn told(&self) -> Option<Arc<Positions>> {
+        let told = self.node.progress.snapshot();
+        (told.incarnation.is_some() && told.incarnation == self.incarnation).then_some(told)
+    }
+
+    /// It said what it is.
+    fn spoke(&self) -> bool {
+        !self.words.is_empty()
+    }
+
+    /// Since when one of the sources that spoke of it can't hear it any more.
+    fn silent_since(&self) -> Option<Instant> {
+        self.words.iter().filter_map(|word| word.silent_since).min()
+    }
+
+    fn is_claimant(&self, now: Instant) -> bool {
+        self.claims.is_some()
+            && !self.refused
+            && self.silent_since().is_none_or(|since| now < since + SILENT_GRACE)
     }
 }
 
@@ -543,6 +816,7 @@ fn is_same(a: &Node, b: &Node) -> bool {
         && a.freshness == b.freshness
         && a.record == b.record
         && a.probed_healthy == b.probed_healthy
+        && a.fenced == b.fenced
         && a.lag.map(|lag| lag.as_secs()) == b.lag.map(|lag| lag.as_secs())
 }
 
@@ -551,7 +825,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::topology::Source;
+    use crate::topology::{Trouble, position::Position};
 
     struct Cluster {
         state: State,
@@ -570,11 +844,16 @@ mod tests {
             },
             eject_max: 0.5,
             local: None,
+            tripwire: 1000,
         }
     }
 
     fn address(n: u8) -> SocketAddr {
         SocketAddr::from(([10, 0, 0, n], 80))
+    }
+
+    fn holder(n: u8) -> Option<Holder> {
+        (n > 0).then(|| Holder { name: format!("n{n}").into(), advertised: None })
     }
 
     fn member(n: u8) -> Member {
@@ -590,7 +869,17 @@ mod tests {
         }
 
         fn see(&mut self, saw: Saw) -> &mut Self {
-            let observation = Observation { saw, source: Source::Litefs, at: self.now };
+            let source = match saw {
+                Saw::PrimaryIs(_) => Source::Instance,
+                Saw::PrimaryHint(_) => Source::Replay,
+                Saw::Lease { .. } | Saw::NoNews(_) => Source::Consul,
+                _ => Source::Litefs,
+            };
+            self.see_by(source, saw)
+        }
+
+        fn see_by(&mut self, source: Source, saw: Saw) -> &mut Self {
+            let observation = Observation { saw, source, at: self.now };
             self.changes.extend(self.state.observe(Some(&observation), self.now));
             self
         }
@@ -598,6 +887,26 @@ mod tests {
         fn says(&mut self, n: u8, is_primary: bool, incarnation: u64) -> &mut Self {
             let claim = Claim { incarnation: Some(incarnation), is_primary, ..Claim::default() };
             self.see(Saw::Claim { address: address(n), claim })
+        }
+
+        /// An HTTP probe for the role.
+        fn probed(&mut self, n: u8, is_primary: bool) -> &mut Self {
+            let claim = Claim { is_primary, ..Claim::default() };
+            self.see_by(Source::Http, Saw::Claim { address: address(n), claim })
+        }
+
+        fn silent(&mut self, n: u8) -> &mut Self {
+            self.see(Saw::Silent { address: address(n) })
+        }
+
+        /// The lease key: held by a node, or with 0 by nobody.
+        fn key(&mut self, n: u8, index: u64) -> &mut Self {
+            self.see(Saw::Lease { holder: holder(n), index, reset: false })
+        }
+
+        fn fenced(&self) -> Vec<&str> {
+            let nodes = &self.state.topology().nodes;
+            nodes.iter().filter(|node| node.fenced).map(|node| &*node.name).collect()
         }
 
         fn pass(&mut self, seconds: u64) -> &mut Self {
@@ -656,6 +965,316 @@ mod tests {
         assert_eq!((cluster.primary(), cluster.gap()), (None, PrimaryGap::Unreachable));
         cluster.says(2, true, 2).says(1, true, 1);
         assert_eq!(cluster.primary(), Some("n2"), "the thawed one's claim is the older");
+    }
+
+    #[test]
+    fn time_that_passed_is_no_deadline() {
+        let mut cluster = Cluster::of(2);
+        cluster.says(1, true, 1).silent(1).key(1, 5).see(Saw::NoNews(Trouble::Unreachable));
+        for _ in 0..100 {
+            let Some(deadline) = cluster.state.deadline(cluster.now) else { break };
+            assert!(deadline > cluster.now);
+            cluster.now = deadline;
+            cluster.pass(0);
+        }
+        assert_eq!(cluster.state.deadline(cluster.now), None, "a silent claimant must not spin us");
+    }
+
+    #[test]
+    fn a_claim_by_first_word_is_newer_than_no_other() {
+        let mut cluster = Cluster::of(3);
+        cluster.says(1, true, 1).silent(1).pass(2);
+        // The pod that replaces it speaks for the first time as primary.
+        cluster.says(2, true, 2);
+        assert_eq!(cluster.primary(), Some("n2"), "the old one is silent, and no newer");
+        cluster.says(1, true, 1);
+        assert_eq!((cluster.primary(), cluster.gap()), (None, PrimaryGap::SplitBrain));
+        assert_eq!(cluster.fenced(), ["n1", "n2"]);
+    }
+
+    #[test]
+    fn a_process_that_began_while_a_claim_stood_claims_later() {
+        let mut cluster = Cluster::of(3);
+        cluster.says(3, false, 3).says(1, true, 1).says(3, false, 3);
+        // The replica restarts and comes back as primary: reference/litefs.md section 6.
+        cluster.says(3, true, 33);
+        assert_eq!(cluster.primary(), Some("n3"));
+        assert_eq!(cluster.fenced(), ["n1"]);
+        assert!(cluster.changes.contains(&Change::Fenced { node: "n1".into() }));
+        let n1 = cluster.state.topology().named("n1").unwrap();
+        assert_eq!(n1.freshness, Freshness::TooFar, "it follows nobody");
+        cluster.says(1, false, 1);
+        assert!(cluster.fenced().is_empty());
+    }
+
+    #[test]
+    fn a_silent_newer_claim_keeps_an_older_one_from_the_writes_for_a_while() {
+        let mut cluster = Cluster::of(3);
+        cluster.says(1, true, 1).says(3, false, 3).says(3, true, 3).silent(3).pass(2);
+        assert_eq!((cluster.primary(), cluster.gap()), (None, PrimaryGap::Unreachable));
+        cluster.pass(FENCE.as_secs());
+        assert_eq!(cluster.primary(), Some("n1"), "but not for ever");
+        // A claim that began since then is newer than both.
+        let mut cluster = Cluster::of(3);
+        cluster.says(1, true, 1).says(3, false, 3).says(3, true, 3).silent(3);
+        cluster.says(1, false, 1).says(1, true, 1);
+        assert_eq!(cluster.primary(), Some("n1"));
+    }
+
+    #[test]
+    fn the_lease_decides_between_claims_of_unknown_order() {
+        for (key, want) in [(1, Some("n1")), (3, Some("n3")), (2, None), (0, None), (9, None)] {
+            for key_first in [true, false] {
+                let mut cluster = Cluster::of(3);
+                if key_first {
+                    cluster.key(key, 5).says(1, true, 1).says(3, true, 3);
+                } else {
+                    cluster.says(1, true, 1).says(3, true, 3).key(key, 5);
+                }
+                assert_eq!(cluster.primary(), want, "{key} {key_first}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_lease_outweighs_the_order_that_was_seen() {
+        let mut cluster = Cluster::of(3);
+        cluster.says(1, true, 1).says(3, false, 3).key(1, 5).says(3, true, 3);
+        assert_eq!(cluster.primary(), Some("n1"), "the key's holder");
+        assert_eq!(cluster.fenced(), ["n3"]);
+        // A moment later the key tells the same as the nodes.
+        cluster.key(3, 6);
+        assert_eq!(cluster.primary(), Some("n3"));
+        assert_eq!(cluster.fenced(), ["n1"]);
+    }
+
+    #[test]
+    fn a_lease_without_news_decides_nothing_but_what_it_decided_stands() {
+        let no_news = || Saw::NoNews(Trouble::Unreachable);
+        let mut cluster = Cluster::of(3);
+        cluster.key(1, 5).see(no_news()).pass(2).says(1, true, 1).says(3, true, 3);
+        assert_eq!((cluster.primary(), cluster.gap()), (None, PrimaryGap::SplitBrain));
+        cluster.key(1, 5);
+        assert_eq!(cluster.primary(), Some("n1"));
+        cluster.see(no_news()).pass(60);
+        assert_eq!(cluster.primary(), Some("n1"), "no news is no loss");
+        // A newer claim is followed again while the key is out of sight.
+        cluster.says(3, false, 3).says(3, true, 3);
+        assert_eq!(cluster.primary(), Some("n3"));
+    }
+
+    #[test]
+    fn a_primary_by_name_enters_the_lineage_when_it_speaks() {
+        let mut cluster = Cluster::of(3);
+        cluster.key(1, 5);
+        assert!(cluster.state.topology().lineage.is_empty(), "its process is not known");
+        cluster.says(1, true, 7);
+        let lineage = &cluster.state.topology().lineage;
+        assert_eq!(lineage.iter().map(|epoch| epoch.incarnation).collect::<Vec<_>>(), [7]);
+    }
+
+    fn told(incarnation: u64, databases: &[(&str, u64)]) -> Positions {
+        let mut positions = Positions::of(Some(incarnation));
+        for (name, txid) in databases {
+            let position = Position { txid: *txid, checksum: 1 << 63 | txid };
+            positions.set(name, position, Instant::now());
+        }
+        positions
+    }
+
+    impl Cluster {
+        /// Says so, and where it is. Process and node have the same number.
+        fn tells(&mut self, n: u8, is_primary: bool, databases: &[(&str, u64)]) -> &mut Self {
+            let id = u64::from(n);
+            let node = self.state.topology().named(&format!("n{n}")).unwrap();
+            node.progress.set(told(id, databases));
+            self.says(n, is_primary, id)
+        }
+    }
+
+    #[test]
+    fn a_new_primary_that_lacks_too_much_gets_no_writes() {
+        type Databases<'d> = &'d [(&'d str, u64)];
+        let seen: Databases<'_> = &[("a.db", 5000), ("b.db", 7)];
+        let table: [(Databases<'_>, bool); 7] = [
+            (&[("a.db", 5000), ("b.db", 7)], false),
+            (&[("a.db", 4000), ("b.db", 7)], false),
+            (&[("a.db", 9000), ("b.db", 1), ("c.db", 1)], false),
+            (&[("a.db", 3999), ("b.db", 7)], true),
+            (&[("a.db", 5000)], true),
+            (&[], true),
+            (&[("a.db", 1), ("b.db", 1)], true),
+        ];
+        for (has, trips) in table {
+            let mut cluster = Cluster::of(3);
+            cluster.tells(1, true, seen).tells(2, false, has);
+            assert_eq!(cluster.primary(), Some("n1"), "{has:?}");
+            cluster.tells(1, false, seen).tells(2, true, has);
+            assert_eq!(cluster.primary(), (!trips).then_some("n2"), "{has:?}");
+            if !trips {
+                continue;
+            }
+            assert_eq!(cluster.gap(), PrimaryGap::Tripped);
+            assert_eq!(cluster.fenced(), ["n2"]);
+            let cried = |c: &&Change| matches!(c, Change::Tripped { node, .. } if **node == *"n2");
+            assert_eq!(cluster.changes.iter().filter(cried).count(), 1);
+            // Time does not heal it; the old primary would do, a confirmation of it does not.
+            cluster.pass(600).see(Saw::Confirmed("n1".into()));
+            assert_eq!(cluster.primary(), None);
+            let mut healed = Cluster { state: cluster.state.clone(), ..Cluster::of(3) };
+            healed.now = cluster.now;
+            healed.tells(2, true, seen);
+            assert_eq!(healed.primary(), Some("n2"), "it has what was seen");
+            // The clone shares its cells.
+            cluster.tells(2, true, has);
+            assert_eq!(cluster.gap(), PrimaryGap::Tripped);
+            cluster.see(Saw::Confirmed("n2".into()));
+            assert_eq!(cluster.primary(), Some("n2"));
+            // From now on its history is the one that counts.
+            cluster.tells(2, true, has).tells(2, false, has).tells(3, false, has);
+            cluster.tells(3, true, has);
+            assert_eq!(cluster.primary(), Some("n3"), "{has:?}");
+        }
+    }
+
+    #[test]
+    fn at_first_the_other_nodes_tell_what_there_was() {
+        let mut cluster = Cluster::of(3);
+        cluster.tells(2, false, &[("a.db", 5000)]).tells(3, false, &[("a.db", 4990)]);
+        cluster.tells(1, true, &[]);
+        assert_eq!((cluster.primary(), cluster.gap()), (None, PrimaryGap::Tripped));
+        // They took over the new history: there is nothing left to protect.
+        cluster.tells(2, false, &[]).tells(3, false, &[]);
+        assert_eq!(cluster.primary(), Some("n1"));
+    }
+
+    #[test]
+    fn a_claimant_whose_positions_are_not_known_waits_for_them_a_moment() {
+        let waiting = || {
+            let mut cluster = Cluster::of(2);
+            cluster.tells(1, true, &[("a.db", 5000)]).says(2, false, 2).says(1, false, 1);
+            cluster.says(2, true, 2);
+            assert_eq!((cluster.primary(), cluster.gap()), (None, PrimaryGap::Unknown));
+            cluster
+        };
+        let mut cluster = waiting();
+        cluster.tells(2, true, &[]);
+        assert_eq!(cluster.gap(), PrimaryGap::Tripped);
+        let mut cluster = waiting();
+        cluster.pass(POSITIONS_GRACE.as_secs());
+        assert_eq!(cluster.primary(), Some("n2"), "a source that never tells must not block");
+        // Nor is the same process asked again.
+        cluster.tells(2, true, &[]);
+        assert_eq!(cluster.primary(), Some("n2"));
+    }
+
+    #[test]
+    fn the_tripwire_can_be_taken_away() {
+        let mut cluster = Cluster::of(2);
+        cluster.state.rules.tripwire = 0;
+        cluster.tells(2, false, &[]).tells(1, true, &[("a.db", 5000)]).tells(1, false, &[]);
+        cluster.tells(2, true, &[]);
+        assert_eq!(cluster.primary(), Some("n2"));
+    }
+
+    #[test]
+    fn a_lease_alone_names_the_primary() {
+        let mut cluster = Cluster::of(3);
+        cluster.key(2, 5);
+        assert_eq!(cluster.primary(), Some("n2"));
+        cluster.see(Saw::NoNews(Trouble::Unreachable)).pass(600);
+        assert_eq!(cluster.primary(), Some("n2"), "no news is no loss");
+        cluster.key(0, 6);
+        assert_eq!((cluster.primary(), cluster.gap()), (None, PrimaryGap::Unknown));
+        cluster.key(9, 7);
+        assert_eq!((cluster.primary(), cluster.gap()), (None, PrimaryGap::NotAMember));
+        cluster.see(Saw::PrimaryHint("n3".into()));
+        assert_eq!(cluster.primary(), None, "a fresh key outweighs a name from a replay");
+        let advertised = Some(Arc::from("10.0.0.3:20202"));
+        let holder = Some(Holder { name: "db.example".into(), advertised });
+        cluster.see(Saw::Lease { holder, index: 8, reset: false });
+        assert_eq!(cluster.primary(), Some("n3"), "found by what it advertises");
+        // A node's own word outweighs old news that it is primary.
+        cluster.says(3, false, 3);
+        assert_eq!(cluster.primary(), None);
+    }
+
+    #[test]
+    fn the_index_of_a_lease_only_goes_back_with_consul_itself() {
+        let mut cluster = Cluster::of(3);
+        cluster.key(2, 50).key(1, 40);
+        assert_eq!(cluster.primary(), Some("n2"), "old news");
+        cluster.see(Saw::Lease { holder: holder(1), index: 3, reset: true });
+        assert_eq!(cluster.primary(), Some("n1"));
+        assert!(cluster.changes.contains(&Change::LeaseReset));
+        cluster.key(3, 4);
+        assert_eq!(cluster.primary(), Some("n3"));
+    }
+
+    #[test]
+    fn a_frozen_primary_is_noticed_whatever_key_and_replicas_say() {
+        let mut cluster = Cluster::of(3);
+        cluster.key(1, 5).says(1, true, 1);
+        for n in [2, 3] {
+            let claim = Claim { primary: Some("n1".into()), ..Claim::default() };
+            cluster.see(Saw::Claim { address: address(n), claim });
+        }
+        cluster.silent(1).pass(1);
+        assert_eq!((cluster.primary(), cluster.gap()), (None, PrimaryGap::Unreachable));
+    }
+
+    #[test]
+    fn sources_that_speak_of_a_node_must_agree() {
+        let mut cluster = Cluster::of(2);
+        cluster.says(1, true, 1).probed(1, false);
+        assert_eq!(cluster.primary(), None);
+        cluster.probed(1, true);
+        assert_eq!(cluster.primary(), Some("n1"));
+        // One of them can't hear it any more.
+        cluster.see_by(Source::Http, Saw::Silent { address: address(1) }).pass(1);
+        assert_eq!((cluster.primary(), cluster.gap()), (None, PrimaryGap::Unreachable));
+        // A source that never heard it has nothing to say.
+        let mut cluster = Cluster::of(2);
+        cluster.silent(1).probed(1, true).pass(5);
+        assert_eq!(cluster.primary(), Some("n1"));
+    }
+
+    #[test]
+    fn names_count_by_their_source() {
+        let named = |n: u8| Saw::PrimaryIs(Some(PrimaryName::Instance(format!("n{n}").into())));
+        let mut cluster = Cluster::of(4);
+        cluster.see_by(Source::File, named(3)).see_by(Source::Instance, named(1));
+        cluster.see_by(Source::Dns, named(2));
+        assert_eq!(cluster.primary(), Some("n3"));
+        cluster.see_by(Source::File, Saw::PrimaryIs(None));
+        assert_eq!(cluster.primary(), None, "the file knows that there is none");
+        cluster.see_by(Source::File, Saw::NoNews(Trouble::Unreachable));
+        assert_eq!(cluster.primary(), Some("n2"));
+        cluster.key(4, 1);
+        assert_eq!(cluster.primary(), Some("n4"));
+    }
+
+    #[test]
+    fn a_reload_goes_on_with_who_was_primary_until_somebody_knows() {
+        let mut cluster = Cluster::of(2);
+        cluster.says(1, true, 1);
+        let seed = cluster.state.topology().clone();
+        let again = || {
+            let mut cluster = Cluster::of(2);
+            cluster.state = State::new(rules(), Some(&seed));
+            cluster
+        };
+        let mut cluster = again();
+        cluster.says(2, false, 2);
+        assert_eq!(cluster.primary(), Some("n1"), "it has not been asked yet");
+        cluster.says(1, false, 1);
+        assert_eq!(cluster.primary(), None);
+        let mut cluster = again();
+        cluster.see(Saw::PrimaryIs(Some(PrimaryName::Instance("n2".into()))));
+        assert_eq!(cluster.primary(), Some("n2"), "the configuration names another now");
+        let mut cluster = again();
+        cluster.silent(1);
+        assert_eq!(cluster.primary(), None);
     }
 
     #[test]
@@ -797,6 +1416,12 @@ mod tests {
             (0..8u64, any::<bool>())
                 .prop_map(|(n, connect)| Saw::Failed { node: NodeId(n), connect }),
             (0..8u64).prop_map(|n| Saw::Answered { node: NodeId(n) }),
+            (0..6u8, 0..20u64, any::<bool>()).prop_map(|(n, index, reset)| Saw::Lease {
+                holder: holder(n),
+                index,
+                reset
+            }),
+            Just(Saw::NoNews(Trouble::Malformed)),
         ];
         (saw, 0..3u64)
     }
@@ -821,6 +1446,65 @@ mod tests {
                 prop_assert_eq!(ids.len(), topology.nodes.len());
                 let listed = topology.nodes.iter().any(|n| n.presence == Presence::Member);
                 prop_assert!(listed);
+                let fenced = |n: &&Node| n.fenced && (n.role == Role::Primary || Some(n.id) == topology.primary);
+                prop_assert!(!topology.nodes.iter().any(|n| fenced(&n)));
+                prop_assert!(cluster.state.deadline(cluster.now).is_none_or(|at| at > cluster.now));
+            }
+        }
+
+        /// Claims by two kinds of sources, a key and silence, in any order: nobody is primary
+        /// against its own word, against the holder of a fresh key that claims too, or while a
+        /// claim stands that certainly began later.
+        #[test]
+        fn claims_in_any_order(story in proptest::collection::vec((1..4u8, 0..7u8, 0..3u64), 0..60)) {
+            let mut cluster = Cluster::of(3);
+            let mut index = 0;
+            let mut key: Option<(u8, bool)> = None;
+            let mut words = std::collections::HashMap::<(u8, Source), bool>::new();
+            for (n, what, seconds) in story {
+                match what {
+                    0 | 1 => {
+                        cluster.says(n, what == 1, u64::from(n));
+                        words.insert((n, Source::Litefs), what == 1);
+                    }
+                    2 | 3 => {
+                        cluster.probed(n, what == 3);
+                        words.insert((n, Source::Http), what == 3);
+                    }
+                    4 => {
+                        cluster.silent(n);
+                    }
+                    5 => {
+                        index += 1;
+                        cluster.key(n, index);
+                        key = Some((n, true));
+                    }
+                    _ => {
+                        cluster.see(Saw::NoNews(Trouble::Unreachable));
+                        cluster.pass(LEASE_GRACE.as_secs());
+                        key = key.map(|(n, _)| (n, false));
+                    }
+                }
+                cluster.pass(seconds);
+                let claims = |n: u8| {
+                    let mut all = words.iter().filter(|((other, _), _)| *other == n).peekable();
+                    all.peek().is_some() && all.all(|(_, yes)| *yes)
+                };
+                let primary = cluster.primary().map(|name| name[1..].parse::<u8>().unwrap());
+                if !words.is_empty() && let Some(n) = primary {
+                    let silent = words.iter().all(|((m, _), _)| {
+                        let known = &cluster.state.nodes[&address(*m)];
+                        known.silent_since().is_some()
+                    });
+                    prop_assert!(claims(n) || silent, "{n} is primary against its own word");
+                }
+                if let (Some((holder, true)), Some(n)) = (key, primary) && claims(holder) {
+                    let known = &cluster.state.nodes[&address(holder)];
+                    let long_silent = known.silent_since().is_some_and(|s| cluster.now >= s + FENCE);
+                    prop_assert!(n == holder || long_silent, "{n} is primary, and {holder} holds the key");
+                }
+                let fenced = cluster.fenced();
+                prop_assert!(cluster.primary().is_none_or(|name| !fenced.contains(&name)));
             }
         }
     }

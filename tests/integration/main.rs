@@ -10,6 +10,7 @@ mod process;
 mod reads;
 mod refusals;
 mod replays;
+mod roles;
 mod sessions;
 mod testkit;
 mod verify;

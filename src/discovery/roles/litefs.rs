@@ -1,12 +1,13 @@
-//! Sources that belong to one member: LiteFS's API and the active probe.
+//! LiteFS's API, on each member.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
-use super::Observer;
 use crate::{
-    litefs::client::{self, CallError, Events, Told},
+    call::CallError,
+    discovery::Observer,
+    litefs::client::{self, Events, Told},
     topology::{Claim, Saw, Source, position::Positions, progress::Progress},
 };
 
@@ -21,21 +22,19 @@ const LAG: Duration = Duration::from_secs(2);
 /// The first pause before the stream of events is opened again; doubles up to [`LONGEST`].
 const BACKOFF: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(2);
-/// Probes in a row that change a verdict.
-const PROBES: u32 = 2;
 
 /// What a member's LiteFS sources have in common.
 #[derive(Clone, Debug)]
-pub(super) struct Litefs {
+pub(in crate::discovery) struct Litefs {
     /// The member.
-    pub(super) member: SocketAddr,
+    pub(in crate::discovery) member: SocketAddr,
     /// Its LiteFS API.
-    pub(super) api: SocketAddr,
+    pub(in crate::discovery) api: SocketAddr,
     /// Where its positions go.
-    pub(super) progress: Arc<Progress>,
+    pub(in crate::discovery) progress: Arc<Progress>,
     /// The databases that count; all where there is none.
-    pub(super) databases: Arc<[Box<str>]>,
-    pub(super) observer: Observer,
+    pub(in crate::discovery) databases: Arc<[Box<str>]>,
+    pub(in crate::discovery) observer: Observer,
 }
 
 impl Litefs {
@@ -50,7 +49,7 @@ impl Litefs {
     }
 
     /// Polls `/info`: LiteFS sends no keep-alive on `/events`, so a dead peer there looks idle.
-    pub(super) async fn poll(self, every: Duration) {
+    pub(in crate::discovery) async fn poll(self, every: Duration) {
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut was_silent = false;
@@ -77,7 +76,7 @@ impl Litefs {
     }
 
     /// Follows `/events`, which tells of a new role or transaction within milliseconds.
-    pub(super) async fn follow(self) {
+    pub(in crate::discovery) async fn follow(self) {
         let mut pause = BACKOFF;
         loop {
             let opened = Instant::now();
@@ -135,7 +134,7 @@ impl Litefs {
     }
 
     /// Reads the exact position whenever somebody asks.
-    pub(super) async fn exact(self) {
+    pub(in crate::discovery) async fn exact(self) {
         let mut positions = client::Positions::of(self.api);
         loop {
             let ticket = self.progress.asked().await;
@@ -159,38 +158,15 @@ impl Litefs {
             self.progress.answer(ticket, answer);
         }
     }
-}
-
-/// Reads the lag.
-pub(super) async fn litefs_lag(member: SocketAddr, api: SocketAddr, observer: Observer) {
-    let mut ticks = interval(LAG);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        if let Ok(Some(lag)) = client::lag(api, INFO).await {
-            observer.observe(Saw::Lag { address: member, lag }, Source::Litefs);
-        }
-    }
-}
-
-/// Asks the app whether it is well.
-pub(super) async fn probe(
-    member: SocketAddr,
-    path: Box<str>,
-    every: Duration,
-    limit: Duration,
-    observer: Observer,
-) {
-    let mut ticks = interval(every);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (mut verdict, mut against) = (true, 0);
-    loop {
-        ticks.tick().await;
-        let healthy = client::probe(member, &path, limit).await;
-        against = if healthy == verdict { 0 } else { against + 1 };
-        if against >= PROBES {
-            (verdict, against) = (healthy, 0);
-            observer.observe(Saw::Probed { address: member, healthy }, Source::Probe);
+    /// Reads the lag.
+    pub(in crate::discovery) async fn lag(self) {
+        let mut ticks = interval(LAG);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if let Ok(Some(lag)) = client::lag(self.api, INFO).await {
+                self.observer.observe(Saw::Lag { address: self.member, lag }, Source::Litefs);
+            }
         }
     }
 }

@@ -1,0 +1,37 @@
+//! The active health probe, on each member.
+
+use std::{net::SocketAddr, time::Duration};
+
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::Observer;
+use crate::{
+    call,
+    topology::{Saw, Source},
+};
+
+/// Probes in a row that change a verdict.
+const PROBES: u32 = 2;
+
+/// Asks the app whether it is well.
+pub(super) async fn probe(
+    member: SocketAddr,
+    path: Box<str>,
+    every: Duration,
+    limit: Duration,
+    observer: Observer,
+) {
+    let mut ticks = interval(every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut verdict, mut against) = (true, 0);
+    loop {
+        ticks.tick().await;
+        let status = call::status(member, &path, limit).await;
+        let healthy = status.is_ok_and(|status| status.is_success());
+        against = if healthy == verdict { 0 } else { against + 1 };
+        if against >= PROBES {
+            (verdict, against) = (healthy, 0);
+            observer.observe(Saw::Probed { address: member, healthy }, Source::Probe);
+        }
+    }
+}
