@@ -75,7 +75,7 @@ impl To<'_> {
             (Some(need), Mode::Token) => {
                 // The new token replaces the old one: this is the last moment to tell.
                 let is_lost = |old: &&Need| old.is_lost_at(need, &self.progress.get());
-                if self.carried.filter(is_lost).is_some() {
+                if self.carried.is_some_and(|old| is_lost(&old)) {
                     self.cluster.void(Void::Lost);
                     self.lost(fields, true);
                 }

@@ -87,9 +87,9 @@ impl Gate {
                 reader.newer_than(seen).await.expect("discovery runs");
             }
         };
-        tokio::time::timeout(std::time::Duration::from_secs(10), wait)
-            .await
-            .expect("it is believed in time");
+        let mut last = self.running().topologies[0].clone();
+        let in_time = tokio::time::timeout(std::time::Duration::from_secs(10), wait).await;
+        assert!(in_time.is_ok(), "it is believed in time, but this is: {:#?}", last.latest());
     }
 
     pub(crate) async fn conn(&self) -> Conn {
