@@ -24,7 +24,7 @@ use crate::{
     telemetry::metrics::Consistency,
     topology::{
         Presence,
-        position::{Position, Reach},
+        position::{Position, Positions, Reach},
         progress::Progress,
     },
 };
@@ -123,7 +123,16 @@ impl To<'_> {
             return None;
         };
         let databases = exact.iter().map(|(database, _, position)| (database, position));
-        Some(Need { lineage: exact.incarnation, databases: databases.collect() })
+        Some(Need { lineage: self.lineage(&exact), databases: databases.collect() })
+    }
+
+    /// Whose history the node's position is of: its own if it is primary, else its primary's (a
+    /// replica may write through LiteFS's halt lock).
+    fn lineage(&self, here: &Positions) -> Option<u64> {
+        match here.is_primary {
+            Some(true) => here.incarnation,
+            _ => self.cluster.primary_positions().map_or(here.incarnation, |p| p.incarnation),
+        }
     }
 
     /// What LiteFS's proxy said of it. It names no database: that counts where there is only one.
@@ -141,7 +150,7 @@ impl To<'_> {
             let (database, _) = known.only()?;
             let checksum = known.checksum(database, txid)?;
             let databases = [(database, Position { txid, checksum })].into_iter().collect();
-            Some(Need { lineage: known.incarnation, databases })
+            Some(Need { lineage: self.lineage(&known), databases })
         };
         if let Some(need) = find() {
             return Some(need);

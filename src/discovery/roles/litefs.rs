@@ -144,6 +144,7 @@ impl Litefs {
                 Ok(read) if known.is_some() && self.progress.get().incarnation == known => {
                     let now = Instant::now().into_std();
                     let mut exact = Positions::of(known);
+                    exact.is_primary = self.progress.get().is_primary;
                     for (name, position) in read.iter().filter(|(name, _)| self.follows(name)) {
                         exact.set(name, *position, now);
                     }
