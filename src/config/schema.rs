@@ -48,7 +48,7 @@ pub fn schema() -> Value {
         "max_requests": count, "max_pending": count, "max_idle": count,
         "timeouts": table(json!({
             "connect": duration, "response_header": duration, "idle": duration,
-            "tunnel_idle": duration, "pool_idle": duration,
+            "tunnel_idle": duration, "tunnel_close": duration, "pool_idle": duration,
         })),
         "health": table(json!({
             "path": text, "interval": duration, "timeout": duration, "eject_after": count,

@@ -12,7 +12,7 @@ use http::{
 use http_body::Body as _;
 use hyper::body::Incoming;
 use smallvec::SmallVec;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use self::{
     account::{Account, Facts},
@@ -22,6 +22,7 @@ use self::{
     headers::{Extra, Peer},
     relay::Own,
     session::Session,
+    upgrade::Sides,
 };
 pub use self::{causal::LastWrites, cluster::Shared, hold::Hold, relay::ResponseBody};
 use crate::{
@@ -39,7 +40,7 @@ use crate::{
     server::{Conn, Origin},
     telemetry::{
         access_log::{Line, Sink, Tried},
-        metrics::{HoldOutcome, ReplayOutcome, RetryRefusal, Shard},
+        metrics::{HoldOutcome, Leave, ReplayOutcome, RetryRefusal, Shard},
     },
     topology::{PrimaryGap, Role, Saw, Source, Topology, position::Reach},
 };
@@ -56,6 +57,7 @@ mod refusal;
 mod relay;
 mod session;
 mod upgrade;
+mod websocket;
 
 /// The data plane of one worker, for one configuration.
 #[derive(Debug)]
@@ -769,9 +771,11 @@ impl Proxy {
         }
         let mut connected = connected;
         if switching {
-            let protocol = parts.headers.contains_key(header::UPGRADE);
-            debug_assert!(protocol, "a 101 names its protocol");
-            connected = self.tunnel(walk, cluster, connected);
+            let protocol = parts.headers.get(header::UPGRADE);
+            debug_assert!(protocol.is_some(), "a 101 names its protocol");
+            let websocket =
+                protocol.is_some_and(|p| p.as_bytes().eq_ignore_ascii_case(b"websocket"));
+            connected = self.tunnel(walk, cluster, connected, websocket);
         } else if walk.conn.is_draining() {
             parts.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
@@ -780,17 +784,49 @@ impl Proxy {
         Answer { response: Response::from_parts(parts, incoming), connected, idle, arrived }
     }
 
-    /// After the 101 the two sockets are joined.
-    fn tunnel(&self, walk: &Walk<'_>, cluster: &Cluster, mut connected: Connected) -> Connected {
-        let idle = cluster.config.timeouts.tunnel_idle;
-        let shard = Arc::clone(&self.shard);
+    /// After the 101 the two sockets are joined. One that may write follows the primary; the
+    /// others stay with their node.
+    fn tunnel(
+        &self,
+        walk: &Walk<'_>,
+        cluster: &Cluster,
+        mut connected: Connected,
+        websocket: bool,
+    ) -> Connected {
+        let timeouts = &cluster.config.timeouts;
+        let (idle, window) = (timeouts.tunnel_idle, timeouts.tunnel_close);
+        let drained = self.config.server.drain.timeout / 2;
+        let (shard, conn) = (Arc::clone(&self.shard), Rc::clone(walk.conn));
+        let writes = walk.request.is_none_or(|request| request.class == Class::Write);
+        let (topology, id) = (cluster.topology.borrow().clone(), connected.node.id);
         if let Some(connection) = connected.take_connection() {
-            walk.conn.take_over(Box::new(move |client, ahead| {
+            walk.conn.take_over(Box::new(move |client, from_client| {
                 Box::pin(async move {
                     shard.tunnels.add(1);
-                    let (node, first) = connection.into_stream().await;
-                    upgrade::join(client, ahead, node, first, idle).await;
+                    let (node, from_node) = connection.into_stream().await;
+                    let share = fastrand::f64();
+                    let leave = async {
+                        let demoted = async {
+                            if !writes {
+                                std::future::pending::<()>().await;
+                            }
+                            upgrade::demoted(topology, id, window, share).await;
+                        };
+                        tokio::select! {
+                            () = demoted => Leave::Demoted,
+                            () = conn.drained() => {
+                                // So that what is left of the drain is enough for the last ones.
+                                sleep(window.min(drained).mul_f64(share)).await;
+                                Leave::Draining
+                            }
+                        }
+                    };
+                    let sides = Sides { client, from_client, node, from_node, websocket };
+                    let left = upgrade::join(sides, idle, leave).await;
                     shard.tunnels.sub(1);
+                    if let Some(left) = left {
+                        shard.tunnel_closed(left);
+                    }
                 })
             }));
         }

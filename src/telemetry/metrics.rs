@@ -91,6 +91,8 @@ families! {
         "Clients connected.";
     TUNNELS = gauge "litegate_tunnels" []
         "Upgraded connections, WebSockets among them.";
+    TUNNELS_CLOSED = counter "litegate_tunnels_closed_total" ["reason"]
+        "Upgraded connections that litegate closed: their node was `demoted`, or litegate was `draining`.";
     PROBLEMS = counter "litegate_problems_total" ["problem"]
         "Answers that litegate made itself, by the words of problems.md.";
     ATTEMPTS = counter "litegate_upstream_requests_total" ["cluster", "node", "code"]
@@ -283,6 +285,17 @@ pub enum HoldOutcome {
 
 const HOLD_OUTCOME_WORDS: [&str; 3] = ["resumed", "timeout", "overflow"];
 
+/// Why the client of an upgraded connection had better go elsewhere.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Leave {
+    /// Its node is no longer the primary.
+    Demoted,
+    /// litegate takes nothing new.
+    Draining,
+}
+
+const LEAVES: [&str; 2] = ["demoted", "draining"];
+
 /// What happened to a `fly-replay` answer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum ReplayOutcome {
@@ -360,6 +373,7 @@ pub struct Shard {
     pub replay_buffer: Cell,
     /// Upgraded connections.
     pub tunnels: Cell,
+    tunnels_closed: [Cell; LEAVES.len()],
 }
 
 #[derive(Debug, Default)]
@@ -609,6 +623,13 @@ impl Shard {
         }
     }
 
+    /// litegate closed an upgraded connection.
+    pub fn tunnel_closed(&self, leave: Leave) {
+        if let Some(cell) = self.tunnels_closed.get(leave as usize) {
+            cell.add(1);
+        }
+    }
+
     /// The cells of a node: once for each incarnation, not for each request.
     pub fn node(&self, cluster: usize, name: &Arc<str>) -> Arc<NodeCells> {
         let cluster = self.clusters.get(cluster).map_or_else(|| "".into(), |(n, _)| Arc::clone(n));
@@ -755,6 +776,7 @@ impl Metrics {
             problems: Problem::ALL.iter().map(|_| Cell::default()).collect(),
             replay_buffer: Cell::default(),
             tunnels: Cell::default(),
+            tunnels_closed: Default::default(),
         });
         shards.push(Arc::clone(&shard));
         shard
@@ -834,6 +856,11 @@ impl Metrics {
         }
         page.one(REPLAY_BUFFER, sum(shards, |s| s.replay_buffer.get()));
         page.one(TUNNELS, sum(shards, |s| s.tunnels.get()));
+        page.family(TUNNELS_CLOSED);
+        for (place, reason) in LEAVES.iter().enumerate() {
+            let n = sum(shards, |s| s.tunnels_closed.get(place).map_or(0, Cell::get));
+            page.line(TUNNELS_CLOSED, &[reason], n);
+        }
         let all = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         type Count = fn(&Changes) -> u64;
         let families: [(&Family, Count); 5] = [

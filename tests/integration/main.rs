@@ -13,6 +13,7 @@ mod replays;
 mod roles;
 mod sessions;
 mod testkit;
+mod tunnels;
 mod verify;
 mod writes;
 
