@@ -33,6 +33,7 @@ use crate::{
         choose::Choice,
         classify::PREFER_INSTANCE,
         next::{Next, Outcome},
+        outcome::{Before, WriteOutcome},
         replay::{self, Form, Replay, ReplayError},
         route::Head,
         token::TokenRead,
@@ -40,7 +41,7 @@ use crate::{
     server::{Conn, Origin},
     telemetry::{
         access_log::{Line, Sink, Tried},
-        metrics::{HoldOutcome, Leave, ReplayOutcome, RetryRefusal, Shard},
+        metrics::{HoldOutcome, Leave, ReplayOutcome, RetryRefusal, Shard, Unanswered},
     },
     topology::{PrimaryGap, Role, Saw, Source, Topology, position::Reach},
 };
@@ -53,6 +54,7 @@ mod causal;
 mod cluster;
 pub mod headers;
 mod hold;
+mod outcome;
 mod refusal;
 mod relay;
 mod session;
@@ -184,6 +186,7 @@ impl Proxy {
             reach_by: None,
             session: None,
             scope: None,
+            outcome: None,
             fields: acknowledge::Fields::new(),
         };
         let answer = self.answer(&mut walk, body).await;
@@ -228,6 +231,7 @@ impl Proxy {
                     problem,
                     detail: detail.as_deref(),
                     html,
+                    outcome: walk.outcome,
                     instance: &self.instance,
                     close: conn.is_draining(),
                 };
@@ -369,8 +373,12 @@ impl Proxy {
             // The snapshot was followed within `look`, and nothing ran in between.
             let node = cluster.node(index).ok_or(Problem::Internal)?;
             let mut tried = Attempt { node: node.id, role, cause, ended: Ended::Replayed };
+            let before = match request.class {
+                Class::Write => Before::of(&node.load.progress.get()),
+                Class::Read => Before::default(),
+            };
             let outcome = {
-                let turn = Turn { request: &request, extra: &extra, now };
+                let turn = Turn { request: &request, extra: &extra, role, now };
                 self.attempt(walk, cluster, &node, turn, &mut held).await
             };
             let chosen = std::mem::replace(&mut now, Instant::now());
@@ -384,8 +392,19 @@ impl Proxy {
                     walk.tried(&mut history, &node, tried);
                     report(cluster, &node, failure);
                     let had_fallen_back = history.fell_back;
-                    let next =
-                        self.next(walk, cluster, &request, &mut history, Outcome::Failed(failure))?;
+                    let outcome = Outcome::Failed(failure);
+                    let next = match self.next(walk, cluster, &request, &mut history, outcome) {
+                        Err(problem) if request.class == Class::Write && failure.written => {
+                            let before = &before;
+                            let failed = outcome::Failed { cluster, node: &node, before, failure };
+                            let until = route.retry_uncommitted.then_some(deadline);
+                            if !self.is_to_repeat(walk, &history, &failed, until).await {
+                                return Err(problem);
+                            }
+                            Next::Hold(HoldFor::Primary)
+                        }
+                        next => next?,
+                    };
                     if history.fell_back && !had_fallen_back {
                         let reason = match failure.kind {
                             FailureKind::ConnectTimeout => "timeout",
@@ -594,6 +613,32 @@ impl Proxy {
         session.reach(&here, primary.as_deref()) != Reach::Reached
     }
 
+    /// After a write that failed when bytes of it had left: whether it provably did not run, and
+    /// may run again because its route said so, with `until`. Tells the client otherwise.
+    async fn is_to_repeat(
+        &self,
+        walk: &mut Walk<'_>,
+        history: &History,
+        failed: &outcome::Failed<'_>,
+        until: Option<Instant>,
+    ) -> bool {
+        let replayable = walk.upload.as_ref().is_none_or(Upload::is_replayable);
+        let until = until.filter(|_| replayable);
+        let outcome = failed.settled(history, until).await;
+        let repeats = until.is_some() && outcome == WriteOutcome::NotCommitted;
+        let counted = match outcome {
+            _ if repeats => Unanswered::Repeated,
+            WriteOutcome::NotCommitted => Unanswered::NotCommitted,
+            WriteOutcome::Unknown => Unanswered::Unknown,
+        };
+        self.shard.unanswered(failed.cluster.index, counted);
+        if !repeats {
+            walk.outcome = Some(outcome);
+            walk.fields.push(outcome::field(outcome));
+        }
+        repeats
+    }
+
     /// What the answer tells the client of what it wrote.
     ///
     /// # Errors
@@ -645,7 +690,7 @@ impl Proxy {
         (Response<Incoming>, Box<crate::upstream::Connection<body::RequestBody>>, Places, Instant),
         Trouble,
     > {
-        let Turn { request, extra, now: mut began } = turn;
+        let Turn { request, extra, role, now: mut began } = turn;
         let write = if request.class == Class::Write && !walk.upgrade {
             let turn = if let Some(place) = cluster.writes.try_enter() {
                 Ok(Ok(place))
@@ -669,6 +714,11 @@ impl Proxy {
         let timeouts = &cluster.config.timeouts;
         let expects_continue =
             walk.version == Version::HTTP_11 && headers::expects_continue(&walk.headers);
+        let is_lost = |now: Instant| match (request.class, role) {
+            (Class::Write, Role::Primary) => !cluster.is_primary(node.id),
+            (Class::Write, _) => false,
+            (Class::Read, _) => cluster.is_silent_alone(node.id, now),
+        };
         let this = Try {
             conn: walk.conn,
             upload: walk.upload.as_ref(),
@@ -681,6 +731,7 @@ impl Proxy {
             response_header: timeouts.response_header,
             idle: timeouts.idle,
             body_idle: self.config.limits.body_idle,
+            is_lost: &is_lost,
         };
         let head = || {
             let mut message = Request::new(());
@@ -867,6 +918,8 @@ struct Walk<'p> {
     session: Option<Box<Session>>,
     /// What it has in common with others, on a route whose reads see each other's writes.
     scope: Option<u64>,
+    /// What became of it, if it was a write that failed after bytes of it had left.
+    outcome: Option<WriteOutcome>,
     /// What the answer gets on top of the node's fields.
     fields: acknowledge::Fields,
 }
@@ -898,6 +951,8 @@ const GONE_BACK: usize = 4;
 struct Turn<'a> {
     request: &'a decide::Request,
     extra: &'a Extra,
+    /// What the node is believed to be.
+    role: Role,
     now: Instant,
 }
 

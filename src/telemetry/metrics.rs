@@ -44,7 +44,7 @@ const ALL_CODES: usize = CODES.len() + MORE_CODES.len();
 const BUCKETS: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const CLASSES: [&str; 3] = ["read", "write", "none"];
-const FAILURE_KINDS: [FailureKind; 7] = [
+const FAILURE_KINDS: [FailureKind; 8] = [
     FailureKind::ConnectRefused,
     FailureKind::ConnectTimeout,
     FailureKind::NodeFull,
@@ -52,6 +52,7 @@ const FAILURE_KINDS: [FailureKind; 7] = [
     FailureKind::Closed,
     FailureKind::ResponseTimeout,
     FailureKind::BadResponse,
+    FailureKind::NodeGone,
 ];
 
 /// One family of series, as it is declared once for the scrape and for the operator's page.
@@ -111,6 +112,8 @@ families! {
         "Requests sent again after a failure.";
     RETRIES_SKIPPED = counter "litegate_retries_skipped_total" ["cluster", "reason"]
         "Failed attempts after which there was no retry: over the budget, the body was gone, or a write may have run.";
+    WRITE_OUTCOMES = counter "litegate_write_outcomes_total" ["cluster", "outcome"]
+        "Writes that failed after bytes of them had left: `unknown`, provably `not-committed`, or, that and sent again, `repeated`.";
     REPLAYS = counter "litegate_replays_total" ["cluster", "outcome"]
         "Answers with fly-replay.";
     CACHES_IGNORED = counter "litegate_replay_caches_ignored_total" ["cluster"]
@@ -285,6 +288,19 @@ pub enum HoldOutcome {
 
 const HOLD_OUTCOME_WORDS: [&str; 3] = ["resumed", "timeout", "overflow"];
 
+/// What became of a write that failed after bytes of it had left.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Unanswered {
+    /// Nobody knows.
+    Unknown,
+    /// It did not commit.
+    NotCommitted,
+    /// The same, and it was sent again.
+    Repeated,
+}
+
+const UNANSWERED: [&str; 3] = ["unknown", "not-committed", "repeated"];
+
 /// Why the client of an upgraded connection had better go elsewhere.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Leave {
@@ -395,6 +411,7 @@ struct ClusterCells {
     caches_ignored: Cell,
     holds: [Cell; 3],
     hold_duration: Histogram,
+    unanswered: [Cell; UNANSWERED.len()],
     consistency: Consistency,
 }
 
@@ -429,6 +446,7 @@ impl ClusterCells {
             caches_ignored: Cell::default(),
             holds: Default::default(),
             hold_duration: Histogram::default(),
+            unanswered: Default::default(),
             consistency: Consistency::default(),
         }
     }
@@ -620,6 +638,15 @@ impl Shard {
                 cell.add(1);
             }
             cells.hold_duration.observe(waited);
+        }
+    }
+
+    /// A write failed after bytes of it had left.
+    pub fn unanswered(&self, cluster: usize, outcome: Unanswered) {
+        if let Some((_, cells)) = self.clusters.get(cluster)
+            && let Some(cell) = cells.unanswered.get(outcome as usize)
+        {
+            cell.add(1);
         }
     }
 
@@ -1003,7 +1030,7 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
     let voids = Void::ALL.map(Void::as_str);
     let reads = TokenRead::ALL.map(TokenRead::as_str);
     type One = fn(&ClusterCells, usize) -> u64;
-    let families: [(&Family, &[&str], One); 7] = [
+    let families: [(&Family, &[&str], One); 8] = [
         (TOKENS_INVALID, &voids, |c, i| c.consistency.void.get(i).map_or(0, Cell::get)),
         (TOKEN_READS, &reads, |c, i| c.consistency.reads.get(i).map_or(0, Cell::get)),
         (DURABILITY_WAITS, &["reached", "timeout"], |c, i| {
@@ -1011,6 +1038,7 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
         }),
         (RETRIES, &["read", "write"], |c, i| c.retried.get(i).map_or(0, Cell::get)),
         (RETRIES_SKIPPED, &RETRY_REFUSALS, |c, i| c.retry_refused.get(i).map_or(0, Cell::get)),
+        (WRITE_OUTCOMES, &UNANSWERED, |c, i| c.unanswered.get(i).map_or(0, Cell::get)),
         (REPLAYS, &REPLAY_OUTCOMES, |c, i| c.replays.get(i).map_or(0, Cell::get)),
         (HOLD_OUTCOMES, &HOLD_OUTCOME_WORDS, |c, i| c.holds.get(i).map_or(0, Cell::get)),
     ];

@@ -1,6 +1,7 @@
 //! litegate over real sockets, before the fake cluster of the testkit.
 
 mod dns;
+mod failover;
 mod gate;
 mod house;
 mod http;
