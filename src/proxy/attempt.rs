@@ -48,6 +48,8 @@ pub(super) struct Places {
     pub(super) node: Place,
     /// In the primary's lane of writes.
     pub(super) write: Option<Place>,
+    /// Among the writes that a hand-over waits for.
+    pub(super) lane: Option<hold::OnItsWay>,
     /// Among the released.
     pub(super) held: Option<hold::Place>,
 }
@@ -113,6 +115,8 @@ pub(super) struct Try<'a> {
 pub(super) enum Trouble {
     /// With the node: `decide::next` knows what then.
     Node(Failure),
+    /// None: a hand-over began just then, and nothing was sent. It waits.
+    Paused,
     /// With the client's body: there is nothing to try again.
     Client(Problem),
 }

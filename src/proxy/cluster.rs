@@ -14,7 +14,7 @@ use super::{
     attempt::Node,
     body::RequestBody,
     causal::LastWrites,
-    hold::Hold,
+    hold::{Hold, Lane},
     session::{Session, cookie_name, unix_millis},
 };
 use crate::{
@@ -90,6 +90,8 @@ pub(super) struct Cluster {
     pub(super) topology: RefCell<watch::Reader>,
     pub(super) observer: Observer,
     pub(super) hold: Arc<Hold>,
+    /// Every write passes it, so that a hand-over can wait for those under way.
+    pub(super) lane: Rc<Lane>,
     pub(super) last_writes: Arc<LastWrites>,
     /// The primary's lane: so many writes at once, the others in order.
     pub(super) writes: Rc<Gate>,
@@ -136,6 +138,7 @@ impl Cluster {
             config,
             topology: RefCell::new(shared.topology),
             observer: shared.observer,
+            lane: shared.hold.lane(),
             hold: shared.hold,
             last_writes: shared.last_writes,
             upstreams: Upstreams::new(limits),

@@ -387,6 +387,10 @@ impl Proxy {
                     (response, connection, places, now - began)
                 }
                 Err(Trouble::Client(problem)) => return Err(problem),
+                Err(Trouble::Paused) => {
+                    wait = Some(HoldFor::Primary);
+                    continue;
+                }
                 Err(Trouble::Node(failure)) => {
                     tried.ended = Ended::Failed(failure);
                     walk.tried(&mut history, &node, tried);
@@ -711,6 +715,10 @@ impl Proxy {
             began = Instant::now();
             turn.ok().and_then(Result::ok).ok_or(Trouble::Node(full))?
         };
+        let lane = match &write {
+            Some(_) => Some(cluster.lane.enter().ok_or(Trouble::Paused)?),
+            None => None,
+        };
         let timeouts = &cluster.config.timeouts;
         let expects_continue =
             walk.version == Version::HTTP_11 && headers::expects_continue(&walk.headers);
@@ -756,7 +764,7 @@ impl Proxy {
             message
         };
         let (response, connection) = attempt::run(&this, node, head).await?;
-        let places = Places { node: place, write, held: held.take() };
+        let places = Places { node: place, write, lane, held: held.take() };
         Ok((response, connection, places, began))
     }
 
