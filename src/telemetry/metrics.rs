@@ -124,6 +124,8 @@ families! {
         "Requests that wait for a primary now.";
     HELD_BYTES = gauge "litegate_held_bytes" ["cluster"]
         "What their bodies may take together.";
+    HANDING_OVER = gauge "litegate_handing_over" ["cluster"]
+        "Whether a planned hand-over keeps all writes waiting.";
     HOLD_OUTCOMES = counter "litegate_hold_outcomes_total" ["cluster", "outcome"]
         "Requests that waited for a primary.";
     HOLD_DURATION = histogram "litegate_hold_duration_seconds" ["cluster"]
@@ -744,6 +746,8 @@ pub struct Standing {
     pub held: usize,
     /// What their bodies may take together.
     pub held_bytes: usize,
+    /// Whether a planned hand-over keeps all writes waiting.
+    pub handing_over: bool,
 }
 
 struct Ask(Box<dyn Fn() -> Standing + Send + Sync>);
@@ -827,6 +831,13 @@ impl Metrics {
     {
         let all = clusters.into_iter().map(|(name, ask)| (name, Ask(Box::new(ask))));
         *self.standings.lock().unwrap_or_else(PoisonError::into_inner) = all.collect();
+    }
+
+    /// What a cluster's requests wait for now.
+    pub fn standing(&self, cluster: &str) -> Standing {
+        let standings = self.standings.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = standings.iter().find(|(name, _)| **name == *cluster);
+        found.map(|(_, ask)| ask.0()).unwrap_or_default()
     }
 
     /// Discovery believes something new.
@@ -916,8 +927,11 @@ impl Metrics {
         let standings: Vec<_> =
             standings.iter().map(|(name, ask)| (name.clone(), ask.0())).collect();
         type Of = fn(&Standing) -> u64;
-        let families: [(&Family, Of); 2] =
-            [(HELD, |s| s.held as u64), (HELD_BYTES, |s| s.held_bytes as u64)];
+        let families: [(&Family, Of); 3] = [
+            (HELD, |s| s.held as u64),
+            (HELD_BYTES, |s| s.held_bytes as u64),
+            (HANDING_OVER, |s| u64::from(s.handing_over)),
+        ];
         for (family, of) in families {
             page.family(family);
             for (cluster, standing) in &standings {
