@@ -1,7 +1,8 @@
-//! The control room: health, metrics and what is believed. It only reads, but for the operator's
-//! confirmation of a primary that lacks data.
+//! The control room: health, metrics and what is believed. It reads; what changes anything is
+//! POSTed, never by a page in a browser, and done by whoever wires.
 //!
-//! `GET /livez` · `/healthz` · `/readyz` · `/metrics` · `/api/topology` · `/api/config` · `/`
+//! `GET /livez` · `/healthz` · `/readyz` · `/metrics` · `/api/topology` · `/api/config` · `/`;
+//! `POST /api/confirm` · `/api/handoff` · `/api/drain`
 
 use std::{
     convert::Infallible,
@@ -21,13 +22,13 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch},
 };
 
 use crate::{
     config::Config,
-    telemetry::metrics::Metrics,
-    topology::{Freshness, Presence, PrimaryGap, Role, Topology, watch::Reader},
+    telemetry::metrics::{Metrics, Standing},
+    topology::{Freshness, Node, Presence, PrimaryGap, Role, Topology, watch::Reader},
 };
 
 /// Connections at once; more wait in the kernel's backlog.
@@ -43,7 +44,36 @@ const PATHS: &[(&str, &str)] = &[
     ("/api/topology", "what is believed of each cluster"),
     ("/api/config", "the configuration in force"),
     ("/api/confirm", "POST ?cluster=…&node=…: the new primary may lack data, writes go on"),
+    ("/api/handoff", "POST ?cluster=…&from=…&to=…: another node becomes primary, no write is lost"),
+    ("/api/drain", "POST: leave, finishing what runs"),
 ];
+
+/// What only the control plane can do.
+#[derive(Debug)]
+pub enum Asked {
+    /// A planned hand-over.
+    HandOver {
+        /// The cluster.
+        cluster: Arc<str>,
+        /// Only if this node is primary.
+        from: Option<String>,
+        /// The node that takes over; else whichever is best.
+        to: Option<String>,
+        /// Told when it is over.
+        answer: oneshot::Sender<Answer>,
+    },
+    /// Leave, finishing what runs.
+    Drain,
+}
+
+/// What is said of something that was asked for.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: StatusCode,
+    /// What happened.
+    pub body: Value,
+}
 
 /// An operator says that a primary is right, whatever it lacks.
 #[derive(Clone, Debug)]
@@ -62,6 +92,7 @@ pub struct Admin {
     config: Mutex<Arc<str>>,
     draining: AtomicBool,
     confirm: mpsc::Sender<Confirmed>,
+    ask: mpsc::Sender<Asked>,
 }
 
 impl Admin {
@@ -71,6 +102,7 @@ impl Admin {
         clusters: Vec<(Arc<str>, Reader)>,
         config: &Config,
         confirm: mpsc::Sender<Confirmed>,
+        ask: mpsc::Sender<Asked>,
     ) -> Self {
         Self {
             metrics,
@@ -78,6 +110,7 @@ impl Admin {
             config: Mutex::new(render(config)),
             draining: AtomicBool::new(false),
             confirm,
+            ask,
         }
     }
 
@@ -99,20 +132,7 @@ impl Admin {
     /// Only for a claimant that waits for it: a confirmation in advance would confirm whatever
     /// comes.
     fn confirm(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        if *request.method() != Method::POST {
-            let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, "only POST");
-            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
-            return response;
-        }
-        // No page in an operator's browser may confirm anything.
-        if request.headers().contains_key(header::ORIGIN) {
-            return problem(StatusCode::FORBIDDEN, "not from a browser");
-        }
-        let query = request.uri().query().unwrap_or("");
-        let parameter = |name: &str| {
-            let mut pairs = query.split('&').filter_map(|pair| pair.split_once('='));
-            pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
-        };
+        let parameter = |name| parameter(request, name);
         let (Some(cluster), Some(node)) = (parameter("cluster"), parameter("node")) else {
             return problem(StatusCode::BAD_REQUEST, "?cluster=…&node=… say which");
         };
@@ -134,16 +154,66 @@ impl Admin {
         }
     }
 
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        if request.uri().path() == "/api/confirm" {
-            return self.confirm(request);
+    /// Hands the role over, and answers when that is over.
+    async fn hand_over(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        let mut clusters = self.clusters().into_iter().map(|(name, _)| name);
+        let cluster = match parameter(request, "cluster") {
+            Some(name) => clusters.find(|cluster| **cluster == *name),
+            None => clusters.next().filter(|_| clusters.next().is_none()),
+        };
+        let Some(cluster) = cluster else {
+            return problem(StatusCode::NOT_FOUND, "?cluster=… names none, or one of several");
+        };
+        let (answer, answered) = oneshot::channel();
+        let node = |name| parameter(request, name).map(ToOwned::to_owned);
+        let asked = Asked::HandOver { cluster, from: node("from"), to: node("to"), answer };
+        let answer = match self.ask(asked) {
+            Ok(()) => answered.await,
+            Err(busy) => return busy,
+        };
+        match answer {
+            Ok(Answer { status, body }) => json(status, &body),
+            Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "busy, or about to stop"),
+        }
+    }
+
+    fn drain(&self) -> Response<Full<Bytes>> {
+        match self.ask(Asked::Drain) {
+            Ok(()) => json(StatusCode::ACCEPTED, &json!({ "outcome": "draining" })),
+            Err(busy) => busy,
+        }
+    }
+
+    fn ask(&self, asked: Asked) -> Result<(), Response<Full<Bytes>>> {
+        let taken = !self.draining.load(Ordering::Relaxed) && self.ask.try_send(asked).is_ok();
+        let busy = || problem(StatusCode::SERVICE_UNAVAILABLE, "busy, or about to stop");
+        taken.then_some(()).ok_or_else(busy)
+    }
+
+    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        let path = request.uri().path();
+        if let "/api/confirm" | "/api/handoff" | "/api/drain" = path {
+            if *request.method() != Method::POST {
+                let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, "only POST");
+                response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
+                return response;
+            }
+            // No page in an operator's browser may do any of it.
+            if request.headers().contains_key(header::ORIGIN) {
+                return problem(StatusCode::FORBIDDEN, "not from a browser");
+            }
+            return match path {
+                "/api/confirm" => self.confirm(request),
+                "/api/handoff" => self.hand_over(request).await,
+                _ => self.drain(),
+            };
         }
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD");
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
             return response;
         }
-        match request.uri().path() {
+        match path {
             "/livez" | "/healthz" => text(StatusCode::OK, "text/plain", "ok\n".into()),
             "/readyz" => self.ready(),
             "/metrics" => {
@@ -151,10 +221,10 @@ impl Admin {
                 text(StatusCode::OK, "text/plain; version=0.0.4", page)
             }
             "/api/topology" => {
-                let all = self
-                    .clusters()
-                    .into_iter()
-                    .map(|(name, mut reader)| (name.to_string(), topology(reader.latest())));
+                let all = self.clusters().into_iter().map(|(name, mut reader)| {
+                    let standing = self.metrics.standing(&name);
+                    (name.to_string(), topology(reader.latest(), standing))
+                });
                 json(StatusCode::OK, &Value::Object(all.collect()))
             }
             "/api/config" => {
@@ -200,7 +270,7 @@ fn render(config: &Config) -> Arc<str> {
 }
 
 /// A snapshot in stable words.
-fn topology(topology: &Topology) -> Value {
+fn topology(topology: &Topology, standing: Standing) -> Value {
     let gap = match topology.primary_gap {
         _ if topology.primary.is_some() => None,
         PrimaryGap::Unknown => Some("unknown"),
@@ -227,6 +297,7 @@ fn topology(topology: &Topology) -> Value {
             "local": node.local,
             "near": node.near,
             "fenced": node.fenced,
+            "positions": positions(node),
         })
     });
     json!({
@@ -236,8 +307,23 @@ fn topology(topology: &Topology) -> Value {
         "no_primary_because": gap,
         "resolved": topology.resolved,
         "stale": topology.stale,
+        "held": standing.held,
+        "handing_over": standing.handing_over,
         "nodes": nodes.collect::<Vec<_>>(),
     })
+}
+
+/// How far each database of a node is, as far as is known.
+fn positions(node: &Node) -> Value {
+    let known = node.progress.get();
+    let all = known.iter().map(|(_, name, at)| (name.to_owned(), at.to_string().into()));
+    Value::Object(all.collect())
+}
+
+/// The first parameter of that name, as it stands in the query: names have nothing to decode.
+fn parameter<'r>(request: &'r Request<Incoming>, name: &str) -> Option<&'r str> {
+    let mut pairs = request.uri().query()?.split('&').filter_map(|pair| pair.split_once('='));
+    pairs.find(|(key, value)| *key == name && !value.is_empty()).map(|(_, value)| value)
 }
 
 fn text(status: StatusCode, kind: &'static str, body: String) -> Response<Full<Bytes>> {
@@ -272,8 +358,8 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, open: watch::Receiv
         let (admin, open) = (Arc::clone(&admin), open.clone());
         tokio::spawn(async move {
             let service = service_fn(|request: Request<Incoming>| {
-                let answer = admin.answer(&request);
-                async { Ok::<_, Infallible>(answer) }
+                let admin = Arc::clone(&admin);
+                async move { Ok::<_, Infallible>(admin.answer(&request).await) }
             });
             let mut connection = std::pin::pin!(
                 http1::Builder::new()

@@ -8,7 +8,7 @@ use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, thre
 
 use tokio::{
     net::TcpListener,
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
 };
 
 use crate::{
@@ -25,6 +25,7 @@ use crate::{
 };
 use worker::{Command, Outfit, limits, work};
 
+mod handoff;
 mod reload;
 mod worker;
 
@@ -59,7 +60,7 @@ pub struct Addresses {
 #[derive(Debug)]
 enum Order {
     /// Use this configuration from now on.
-    Reload(Box<Config>, tokio::sync::oneshot::Sender<Result<Addresses, String>>),
+    Reload(Box<Config>, oneshot::Sender<Result<Addresses, String>>),
     /// Open log files anew.
     Reopen,
     /// Leave, finishing what runs.
@@ -83,7 +84,7 @@ impl Running {
     /// # Errors
     /// Why nothing was changed.
     pub async fn reload(&self, config: Config) -> Result<Addresses, String> {
-        let (answer, answered) = tokio::sync::oneshot::channel();
+        let (answer, answered) = oneshot::channel();
         let order = Order::Reload(Box::new(config), answer);
         self.orders.send(order).await.map_err(|_| "litegate is stopping".to_owned())?;
         answered.await.unwrap_or_else(|_| Err("litegate is stopping".to_owned()))
@@ -228,6 +229,7 @@ struct Control {
     former_logs: Vec<AccessLog>,
     admin: Arc<Admin>,
     confirmed: mpsc::Receiver<admin::Confirmed>,
+    asked: mpsc::Receiver<admin::Asked>,
     admin_socket: Option<AdminSocket>,
     instance: Arc<str>,
 }
@@ -286,7 +288,8 @@ impl Control {
             .collect();
         metrics.ask(standings(&clusters));
         let (confirm, confirmed) = mpsc::channel(COMMANDS);
-        let admin = Admin::new(Arc::clone(&metrics), seen(&clusters), &config, confirm);
+        let (ask, asked) = mpsc::channel(COMMANDS);
+        let admin = Admin::new(Arc::clone(&metrics), seen(&clusters), &config, confirm, ask);
         let admin = Arc::new(admin);
         let opened = config.listeners.iter().zip(&sockets).map(|(listener, sockets)| {
             Ok(Opened { config: listener.clone(), bound: Some(address_of(sockets)?) })
@@ -301,6 +304,7 @@ impl Control {
             former_logs: Vec::new(),
             admin,
             confirmed,
+            asked,
             admin_socket: None,
             // Random, so that two instances behind each other are told apart.
             instance: format!("litegate-{:08x}", fastrand::u32(..)).into(),
@@ -372,6 +376,13 @@ impl Control {
                     self.confirm(confirmed);
                     continue;
                 }
+                Some(asked) = self.asked.recv() => match asked {
+                    admin::Asked::Drain => Some(Order::Drain),
+                    admin::Asked::HandOver { cluster, from, to, answer } => {
+                        self.hand_over(&cluster, from, to, answer);
+                        continue;
+                    }
+                },
             };
             match order {
                 Some(Order::Reload(config, answer)) => {
@@ -388,6 +399,29 @@ impl Control {
                 Some(Order::Stop) | None => return self.stop().await,
             }
         }
+    }
+
+    /// Begins a hand-over, which goes on by itself.
+    fn hand_over(
+        &self,
+        cluster: &str,
+        from: Option<String>,
+        to: Option<String>,
+        answer: oneshot::Sender<admin::Answer>,
+    ) {
+        // Without it the one who asked hears that litegate has other things to do.
+        let Some(watched) = self.clusters.iter().find(|w| *w.config.name == *cluster) else {
+            return;
+        };
+        let hand_over = handoff::HandOver {
+            cluster: watched.config.clone(),
+            topology: watched.discovery.reader.clone(),
+            hold: Arc::clone(&watched.hold),
+            from,
+            to,
+        };
+        // It has a deadline of its own, and the one who asked may have left.
+        tokio::spawn(async move { answer.send(hand_over.run().await) });
     }
 
     /// Tells discovery what an operator said.
@@ -602,7 +636,11 @@ fn standings(
 ) -> impl Iterator<Item = (Arc<str>, impl Fn() -> Standing + Send + Sync + use<>)> {
     clusters.iter().map(|watched| {
         let hold = Arc::clone(&watched.hold);
-        let ask = move || Standing { held: hold.waiting(), held_bytes: hold.bytes() };
+        let ask = move || Standing {
+            held: hold.waiting(),
+            held_bytes: hold.bytes(),
+            handing_over: hold.is_paused(),
+        };
         (Arc::clone(&watched.config.name), ask)
     })
 }

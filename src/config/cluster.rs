@@ -208,6 +208,9 @@ pub struct Timeouts {
     pub idle: Duration,
     /// `tunnel_idle`: no byte either way on an upgraded connection.
     pub tunnel_idle: Duration,
+    /// `tunnel_close`: over how long the upgraded connections to a node that is no longer primary
+    /// are closed, one by one.
+    pub tunnel_close: Duration,
     /// `pool_idle`: an unused connection to a node is closed after this long: before the node does.
     pub pool_idle: Duration,
 }

@@ -168,6 +168,7 @@ fn catch_all() -> Route {
         class: Class::Auto,
         cluster: 0,
         idempotent: false,
+        retry_uncommitted: false,
         allow_trace: false,
         causal: None,
         index: None,
@@ -571,6 +572,7 @@ fn timeouts(mut section: Section) -> Timeouts {
         response_header: section.duration("response_header", secs(60)),
         idle: section.duration("idle", secs(60)),
         tunnel_idle: section.duration("tunnel_idle", secs(3600)),
+        tunnel_close: section.duration("tunnel_close", secs(5)),
         pool_idle: section.duration("pool_idle", secs(4)),
     }
 }
@@ -740,6 +742,7 @@ fn route(mut section: Section, index: usize, clusters: &[Cluster]) -> Option<Rou
     let classes = [("auto", Class::Auto), ("read", Class::Read), ("write", Class::Write)];
     let class = section.word("class", &classes, Class::Auto);
     let idempotent = section.boolean("idempotent", false);
+    let retry_uncommitted = section.boolean("retry_uncommitted", false);
     let allow_trace = section.boolean("allow_trace", false);
     let causal = section.take("causal").and_then(|value| match &value.kind {
         Kind::Text(word) if word == "path" => Some(Scope::Path),
@@ -788,6 +791,7 @@ fn route(mut section: Section, index: usize, clusters: &[Cluster]) -> Option<Rou
         class,
         cluster,
         idempotent,
+        retry_uncommitted,
         allow_trace,
         causal,
         index,

@@ -57,6 +57,7 @@ impl Config {
                     "response_header": seconds(cluster.timeouts.response_header),
                     "idle": seconds(cluster.timeouts.idle),
                     "tunnel_idle": seconds(cluster.timeouts.tunnel_idle),
+                    "tunnel_close": seconds(cluster.timeouts.tunnel_close),
                     "pool_idle": seconds(cluster.timeouts.pool_idle),
                 },
                 "replay": { "max_hops": cluster.replay.max_hops, "buffer": cluster.replay.buffer },

@@ -19,6 +19,8 @@ pub struct Route {
     pub cluster: usize,
     /// `idempotent`: an interrupted write may be sent again.
     pub idempotent: bool,
+    /// `retry_uncommitted`: a write that was interrupted and provably did not commit is sent again.
+    pub retry_uncommitted: bool,
     /// `allow_trace`: TRACE requests are passed on instead of refused.
     pub allow_trace: bool,
     /// `causal`: whose reads see the last write that went through this litegate.

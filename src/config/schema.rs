@@ -48,7 +48,7 @@ pub fn schema() -> Value {
         "max_requests": count, "max_pending": count, "max_idle": count,
         "timeouts": table(json!({
             "connect": duration, "response_header": duration, "idle": duration,
-            "tunnel_idle": duration, "pool_idle": duration,
+            "tunnel_idle": duration, "tunnel_close": duration, "pool_idle": duration,
         })),
         "health": table(json!({
             "path": text, "interval": duration, "timeout": duration, "eject_after": count,
@@ -96,7 +96,7 @@ pub fn schema() -> Value {
             "host": texts, "path": text, "path_exact": text, "path_glob": text, "method": texts,
             "header": { "type": "array", "items": table(json!({ "name": text, "value": text })) },
             "class": words(&["auto", "read", "write"]),
-            "cluster": text, "idempotent": boolean, "allow_trace": boolean,
+            "cluster": text, "idempotent": boolean, "retry_uncommitted": boolean, "allow_trace": boolean,
             "causal": { "anyOf": [words(&["path"]), { "type": "integer", "minimum": 0, "maximum": 32 }] },
         })) },
     }));

@@ -169,6 +169,7 @@ mod tests {
             class,
             cluster: 0,
             idempotent: false,
+            retry_uncommitted: false,
             allow_trace: false,
             causal: None,
             index: None,

@@ -14,6 +14,7 @@ pub mod budget;
 pub mod choose;
 pub mod classify;
 pub mod next;
+pub mod outcome;
 pub mod problem;
 pub mod replay;
 pub mod route;
@@ -189,6 +190,9 @@ pub enum FailureKind {
     ResponseTimeout,
     /// The node sent something that is not HTTP.
     BadResponse,
+    /// No response head, and the node is no longer what it was when the request was sent: the
+    /// primary, or, for a read, a node that can be heard.
+    NodeGone,
 }
 
 /// A `fly-replay` answer, resolved as far as data allows.
@@ -228,6 +232,7 @@ impl FailureKind {
             Self::Closed => "closed",
             Self::ResponseTimeout => "response_timeout",
             Self::BadResponse => "bad_response",
+            Self::NodeGone => "node_gone",
         }
     }
 }

@@ -162,10 +162,12 @@ fn problem(class: Class, failure: Failure) -> Problem {
         }
         (FailureKind::ResponseTimeout, true) => Problem::ResponseTimeout,
         (FailureKind::BadResponse, true) => Problem::BadResponse,
-        (FailureKind::StaleConnection | FailureKind::Closed, true) => match class {
-            Class::Read => Problem::NodeClosed,
-            Class::Write => Problem::MaybeExecuted,
-        },
+        (FailureKind::StaleConnection | FailureKind::Closed | FailureKind::NodeGone, true) => {
+            match class {
+                Class::Read => Problem::NodeClosed,
+                Class::Write => Problem::MaybeExecuted,
+            }
+        }
     }
 }
 

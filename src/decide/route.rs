@@ -146,6 +146,7 @@ mod tests {
             cluster: 0,
             idempotent: false,
             allow_trace: false,
+            retry_uncommitted: false,
             causal: None,
             index: Some(0),
         }

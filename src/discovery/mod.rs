@@ -18,6 +18,7 @@ use tokio::{
 
 use crate::{
     config::cluster::{Cluster, Members, Prefer, RoleSource, StaticNode},
+    litefs::client,
     telemetry::metrics::DiscoveryCells,
     topology::{
         Change, Member, Observation, Presence, PrimaryName, Saw, Source, Topology, eject,
@@ -133,6 +134,31 @@ pub fn start(
     };
     let task = tokio::spawn(folding.run(seen, on_change));
     Discovery { reader, observer, task }
+}
+
+/// Where a member's LiteFS API is. `None` where the cluster has none.
+pub fn api(cluster: &Cluster, member: SocketAddr) -> Option<SocketAddr> {
+    cluster.primary.iter().find_map(|source| match source {
+        RoleSource::Litefs { port, .. } => Some(api_at(cluster, member, *port)),
+        _ => None,
+    })
+}
+
+fn api_at(cluster: &Cluster, member: SocketAddr, port: u16) -> SocketAddr {
+    let written = match &cluster.members {
+        Members::Static(nodes) => nodes.iter().find(|node| node.address == member),
+        _ => None,
+    };
+    written.and_then(|node| node.api).unwrap_or_else(|| SocketAddr::new(member.ip(), port))
+}
+
+/// Has LiteFS make a member the primary. It is not yet when this returns.
+///
+/// # Errors
+/// Why LiteFS did not.
+pub async fn promote(cluster: &Cluster, member: SocketAddr, limit: Duration) -> Result<(), String> {
+    let api = api(cluster, member).ok_or("the cluster has no LiteFS API")?;
+    client::promote(api, limit).await.map_err(|error| error.to_string())
 }
 
 /// The one task that believes.
@@ -286,7 +312,7 @@ impl Fold {
                     RoleSource::Litefs { port, poll } => {
                         let litefs = Litefs {
                             member: address,
-                            api: self.api(address, *port),
+                            api: api_at(&self.cluster, address, *port),
                             progress: Arc::clone(&node.progress),
                             databases: Arc::clone(&self.cluster.consistency.databases),
                             observer: observer(),
@@ -329,15 +355,6 @@ impl Fold {
         for name in instances.collect::<Vec<_>>() {
             self.look_up(&name);
         }
-    }
-
-    /// Where a member's LiteFS API is.
-    fn api(&self, member: SocketAddr, port: u16) -> SocketAddr {
-        let written = match &self.cluster.members {
-            Members::Static(nodes) => nodes.iter().find(|node| node.address == member),
-            _ => None,
-        };
-        written.and_then(|node| node.api).unwrap_or_else(|| SocketAddr::new(member.ip(), port))
     }
 
     /// Under `dns` members have no names; one that somebody uses can be looked up.

@@ -4,12 +4,12 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{Buf as _, BytesMut};
-use http::{Response, StatusCode};
+use http::{Request, Response, StatusCode, header};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use tokio::time::timeout;
 
-use super::{CLUSTER_ID, EVENTS, Event, ID, INFO, Info, METRICS, VARS, Vars};
+use super::{CLUSTER_ID, EVENTS, Event, ID, INFO, Info, METRICS, PROMOTE, VARS, Vars};
 use crate::{
     call::{self, CallError, Connection, get, read},
     topology::{Claim, position::Position},
@@ -40,6 +40,24 @@ pub async fn lag(api: SocketAddr, limit: Duration) -> Result<Option<Duration>, C
         let body = read(response, LARGE).await?;
         let lag = super::lag(&String::from_utf8_lossy(&body));
         Ok(lag.and_then(|lag| Duration::try_from_secs_f64(lag).ok()))
+    };
+    timeout(limit, call).await.unwrap_or(Err(CallError::Timeout))
+}
+
+/// Asks a node to become primary. The role has not moved yet when the old primary accepted.
+pub async fn promote(api: SocketAddr, limit: Duration) -> Result<(), CallError> {
+    let call = async {
+        let request = Request::post(PROMOTE).header(header::HOST, api.to_string());
+        let (response, _connection) = call::send(api, request).await?;
+        let status = response.status();
+        let body = read(response, SMALL).await?;
+        if status == StatusCode::OK {
+            return Ok(());
+        }
+        // LiteFS says why, in a line.
+        let text = String::from_utf8_lossy(&body);
+        let why: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
+        Err(CallError::Strange(format!("{status}, {why}")))
     };
     timeout(limit, call).await.unwrap_or(Err(CallError::Timeout))
 }

@@ -16,6 +16,8 @@ pub const EVENTS: &str = "/events";
 pub const VARS: &str = "/debug/vars";
 /// Prometheus text, for the lag.
 pub const METRICS: &str = "/metrics";
+/// Where a node is asked to become primary.
+pub const PROMOTE: &str = "/promote";
 /// Drawn at every process start.
 pub const ID: &str = "litefs-id";
 /// The same on all nodes of a cluster, once known.

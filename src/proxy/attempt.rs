@@ -20,6 +20,11 @@ use crate::{
 /// a node may not know the expectation, and RFC 9110 section 10.1.1 has the client send its body
 /// then as well.
 const CONTINUE: Duration = Duration::from_secs(1);
+/// Between two looks at whether the node still is what it was: just over the connection's own
+/// tick, so that a short request costs no timer.
+const LOOK: Duration = Duration::from_millis(1001);
+/// How long a node that is not gets to answer nevertheless: its app may be about to say why.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// A node as this worker knows it.
 pub(super) type Node = upstream::Upstream<RequestBody, super::cluster::Load>;
@@ -43,6 +48,8 @@ pub(super) struct Places {
     pub(super) node: Place,
     /// In the primary's lane of writes.
     pub(super) write: Option<Place>,
+    /// Among the writes that a hand-over waits for.
+    pub(super) lane: Option<hold::OnItsWay>,
     /// Among the released.
     pub(super) held: Option<hold::Place>,
 }
@@ -99,6 +106,8 @@ pub(super) struct Try<'a> {
     pub(super) idle: Duration,
     /// `limits.body_idle`
     pub(super) body_idle: Duration,
+    /// Whether the node is no longer what it was when it was chosen.
+    pub(super) is_lost: &'a dyn Fn(Instant) -> bool,
 }
 
 /// Why an attempt brought no answer.
@@ -106,6 +115,8 @@ pub(super) struct Try<'a> {
 pub(super) enum Trouble {
     /// With the node: `decide::next` knows what then.
     Node(Failure),
+    /// None: a hand-over began just then, and nothing was sent. It waits.
+    Paused,
     /// With the client's body: there is nothing to try again.
     Client(Problem),
 }
@@ -166,7 +177,9 @@ async fn exchange(
     };
     let mut client = None;
     let mut continue_at = this.expects_continue.then(|| began + CONTINUE);
-    this.conn.set_deadline(Some(continue_at.unwrap_or(began + this.response_header)));
+    let (mut lost_since, mut gone) = (None, false);
+    let first = this.response_header.min(LOOK);
+    this.conn.set_deadline(Some(continue_at.unwrap_or(began + first)));
     let result = connection
         .exchange(head.map(|()| body), |cx| {
             if this.interim {
@@ -191,11 +204,20 @@ async fn exchange(
                 client = Some(Problem::BodyTimeout);
                 return true;
             }
+            if (this.is_lost)(now) {
+                gone = *lost_since.get_or_insert(now) + GRACE <= now;
+            } else {
+                lost_since = None;
+            }
             let until = this.patience(began);
-            this.conn.set_deadline(Some(until));
-            until <= now
+            this.conn.set_deadline(Some(until.min(now + LOOK)));
+            gone || until <= now
         })
         .await;
+    let result = result.map_err(|failure| match failure.kind {
+        FailureKind::ResponseTimeout if gone => Failure { kind: FailureKind::NodeGone, ..failure },
+        _ => failure,
+    });
     this.conn.set_deadline(None);
     // Those that came in one read with the final head.
     while let Some(head) = wire.next_interim().filter(|_| this.interim) {

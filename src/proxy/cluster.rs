@@ -14,7 +14,7 @@ use super::{
     attempt::Node,
     body::RequestBody,
     causal::LastWrites,
-    hold::Hold,
+    hold::{Hold, Lane},
     session::{Session, cookie_name, unix_millis},
 };
 use crate::{
@@ -27,7 +27,7 @@ use crate::{
     discovery::Observer,
     telemetry::metrics::{Consistency, NodeCells, Shard},
     topology::{
-        Epoch, Presence, Role, Topology,
+        self, Epoch, NodeId, Presence, Role, Topology,
         position::{Positions, Reach},
         progress::Progress,
         watch,
@@ -37,6 +37,10 @@ use crate::{
 
 /// LiteFS sends a heartbeat each second, so that an idle replica's lag saw-tooths below this.
 const HEARTBEATS: Duration = Duration::from_secs(2);
+
+/// How long a node's API may be silent before a read that waits for its answer tries another: it
+/// is asked each second.
+const SILENT: Duration = Duration::from_secs(3);
 
 /// What this worker remembers of a node to balance by.
 #[derive(Debug)]
@@ -86,6 +90,8 @@ pub(super) struct Cluster {
     pub(super) topology: RefCell<watch::Reader>,
     pub(super) observer: Observer,
     pub(super) hold: Arc<Hold>,
+    /// Every write passes it, so that a hand-over can wait for those under way.
+    pub(super) lane: Rc<Lane>,
     pub(super) last_writes: Arc<LastWrites>,
     /// The primary's lane: so many writes at once, the others in order.
     pub(super) writes: Rc<Gate>,
@@ -132,6 +138,7 @@ impl Cluster {
             config,
             topology: RefCell::new(shared.topology),
             observer: shared.observer,
+            lane: shared.hold.lane(),
             hold: shared.hold,
             last_writes: shared.last_writes,
             upstreams: Upstreams::new(limits),
@@ -141,6 +148,25 @@ impl Cluster {
             last: RefCell::default(),
             cookies,
         }
+    }
+
+    /// Whether writes go to this node.
+    pub(super) fn is_primary(&self, node: NodeId) -> bool {
+        self.topology.borrow_mut().latest().primary == Some(node)
+    }
+
+    /// Whether nobody has heard this node for [`SILENT`], and of another one they have.
+    pub(super) fn is_silent_alone(&self, node: NodeId, now: Instant) -> bool {
+        let mut topology = self.topology.borrow_mut();
+        let topology = topology.latest();
+        let is_heard = |node: &topology::Node| {
+            let silent = node.progress.silent(now.into_std());
+            node.presence == Presence::Member && silent.is_some_and(|silent| silent < SILENT)
+        };
+        let is_silent = topology.node(node).is_some_and(|node| {
+            node.progress.silent(now.into_std()).is_some_and(|silent| silent >= SILENT)
+        });
+        is_silent && topology.nodes.iter().any(|other| other.id != node && is_heard(other))
     }
 
     /// The name of the cookie that tokens travel in.

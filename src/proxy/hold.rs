@@ -9,14 +9,19 @@
 //! that a new primary is not met by all of them at once; nobody who comes later overtakes them. A
 //! client that goes away frees its place, and a request that has to wait again keeps it.
 //!
+//! A hand-over pauses it: everybody who comes joins the queue, and nobody leaves it but by its own
+//! deadline. Each worker counts its writes under way in a cell of its own ([`Lane`]), so that a
+//! pause can wait for their end: whoever counts itself and then finds no pause, the pause will see.
+//!
 //! One hold serves all workers of a cluster: this is the slow path, and the order is the
 //! process's, not a worker's. On the fast path it costs a look at one number.
 
 use std::{
     collections::BTreeMap,
+    rc::Rc,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -37,6 +42,52 @@ pub struct Hold {
     queue: Mutex<Queue>,
     /// How many wait, for a look without the lock.
     waiting: AtomicUsize,
+    paused: AtomicBool,
+    /// One of each worker and configuration that still has requests.
+    lanes: Mutex<Vec<Weak<Running>>>,
+}
+
+/// Writes under way, of one worker. On a cache line of its own: it is written for each.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Running(AtomicUsize);
+
+/// A worker's way past the hold.
+#[derive(Debug)]
+pub struct Lane {
+    hold: Arc<Hold>,
+    running: Arc<Running>,
+}
+
+impl Lane {
+    /// Begins a write. `None` while the hold is paused: it has to wait.
+    pub fn enter(self: &Rc<Self>) -> Option<OnItsWay> {
+        // Counted first, in one order with the pause: either this sees it or it sees this.
+        self.running.0.fetch_add(1, Ordering::SeqCst);
+        let on_its_way = OnItsWay(Rc::clone(self));
+        (!self.hold.paused.load(Ordering::SeqCst)).then_some(on_its_way)
+    }
+}
+
+/// A write under way, until dropped.
+#[derive(Debug)]
+pub struct OnItsWay(Rc<Lane>);
+
+impl Drop for OnItsWay {
+    fn drop(&mut self) {
+        self.0.running.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Keeps everybody waiting, until dropped.
+#[derive(Debug)]
+pub struct Pause(Arc<Hold>);
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        self.0.paused.store(false, Ordering::SeqCst);
+        self.0.lock().wake_next();
+    }
 }
 
 impl Hold {
@@ -50,12 +101,41 @@ impl Hold {
                 ..Queue::default()
             }),
             waiting: AtomicUsize::new(0),
+            paused: AtomicBool::new(false),
+            lanes: Mutex::default(),
         })
     }
 
-    /// Whether anybody waits: whoever comes now waits behind them.
+    /// Whether anybody waits, or has to: whoever comes now waits behind them.
     pub fn is_busy(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) > 0
+        self.waiting.load(Ordering::Relaxed) > 0 || self.is_paused()
+    }
+
+    /// Whether nobody leaves.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    /// From now on nobody leaves. `None` where that is so already.
+    pub fn pause(self: &Arc<Self>) -> Option<Pause> {
+        let was = self.paused.swap(true, Ordering::SeqCst);
+        (!was).then(|| Pause(Arc::clone(self)))
+    }
+
+    /// A worker's way past it.
+    pub fn lane(self: &Arc<Self>) -> Rc<Lane> {
+        let running = Arc::new(Running::default());
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        lanes.retain(|lane| lane.strong_count() > 0);
+        lanes.push(Arc::downgrade(&running));
+        Rc::new(Lane { hold: Arc::clone(self), running })
+    }
+
+    /// Writes under way, of all workers.
+    pub fn in_flight(&self) -> usize {
+        let lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let lanes = lanes.iter().filter_map(Weak::upgrade);
+        lanes.map(|lane| lane.0.load(Ordering::SeqCst)).sum()
     }
 
     /// How many wait.
@@ -138,7 +218,10 @@ impl Place {
         let mut not_before = not_before;
         loop {
             let seen = topology.latest().generation;
-            if not_before.is_none() && ready(topology.latest()) && self.hold.lock().go(self.ticket)
+            if not_before.is_none()
+                && !self.hold.is_paused()
+                && ready(topology.latest())
+                && self.hold.lock().go(self.ticket)
             {
                 self.stage = Stage::Running;
                 self.hold.publish();
@@ -334,6 +417,29 @@ mod tests {
         let _first = hold.join(900).unwrap();
         assert_eq!(hold.join(101).err(), Some(Problem::HoldFull));
         assert!(hold.join(100).is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_keeps_everybody_and_sees_who_is_under_way() {
+        let (_publisher, topology) = watch::channel(with_primary(1));
+        let hold = Hold::new(&rules(10, 2));
+        let (lane, other) = (hold.lane(), hold.lane());
+        let (under_way, _too) = (lane.enter().unwrap(), other.enter().unwrap());
+        let pause = hold.pause().unwrap();
+        assert!(hold.pause().is_none(), "one at a time");
+        assert!(hold.is_busy() && lane.enter().is_none());
+        assert_eq!(hold.in_flight(), 2);
+        drop(under_way);
+        assert_eq!(hold.in_flight(), 1);
+        let (mut first, mut second) = (hold.join(0).unwrap(), hold.join(0).unwrap());
+        let mut both = std::pin::pin!(async {
+            tokio::try_join!(wait(&mut first, &topology), wait(&mut second, &topology))
+        });
+        let second = Duration::from_secs(1);
+        assert!(tokio::time::timeout(second, both.as_mut()).await.is_err());
+        drop(pause);
+        both.await.unwrap();
+        assert!(lane.enter().is_some() && !hold.is_busy());
     }
 
     #[tokio::test(start_paused = true)]

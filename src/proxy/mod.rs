@@ -12,7 +12,7 @@ use http::{
 use http_body::Body as _;
 use hyper::body::Incoming;
 use smallvec::SmallVec;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use self::{
     account::{Account, Facts},
@@ -22,6 +22,7 @@ use self::{
     headers::{Extra, Peer},
     relay::Own,
     session::Session,
+    upgrade::Sides,
 };
 pub use self::{causal::LastWrites, cluster::Shared, hold::Hold, relay::ResponseBody};
 use crate::{
@@ -32,6 +33,7 @@ use crate::{
         choose::Choice,
         classify::PREFER_INSTANCE,
         next::{Next, Outcome},
+        outcome::{Before, WriteOutcome},
         replay::{self, Form, Replay, ReplayError},
         route::Head,
         token::TokenRead,
@@ -39,7 +41,7 @@ use crate::{
     server::{Conn, Origin},
     telemetry::{
         access_log::{Line, Sink, Tried},
-        metrics::{HoldOutcome, ReplayOutcome, RetryRefusal, Shard},
+        metrics::{HoldOutcome, Leave, ReplayOutcome, RetryRefusal, Shard, Unanswered},
     },
     topology::{PrimaryGap, Role, Saw, Source, Topology, position::Reach},
 };
@@ -52,10 +54,12 @@ mod causal;
 mod cluster;
 pub mod headers;
 mod hold;
+mod outcome;
 mod refusal;
 mod relay;
 mod session;
 mod upgrade;
+mod websocket;
 
 /// The data plane of one worker, for one configuration.
 #[derive(Debug)]
@@ -182,6 +186,7 @@ impl Proxy {
             reach_by: None,
             session: None,
             scope: None,
+            outcome: None,
             fields: acknowledge::Fields::new(),
         };
         let answer = self.answer(&mut walk, body).await;
@@ -226,6 +231,7 @@ impl Proxy {
                     problem,
                     detail: detail.as_deref(),
                     html,
+                    outcome: walk.outcome,
                     instance: &self.instance,
                     close: conn.is_draining(),
                 };
@@ -367,8 +373,12 @@ impl Proxy {
             // The snapshot was followed within `look`, and nothing ran in between.
             let node = cluster.node(index).ok_or(Problem::Internal)?;
             let mut tried = Attempt { node: node.id, role, cause, ended: Ended::Replayed };
+            let before = match request.class {
+                Class::Write => Before::of(&node.load.progress.get()),
+                Class::Read => Before::default(),
+            };
             let outcome = {
-                let turn = Turn { request: &request, extra: &extra, now };
+                let turn = Turn { request: &request, extra: &extra, role, now };
                 self.attempt(walk, cluster, &node, turn, &mut held).await
             };
             let chosen = std::mem::replace(&mut now, Instant::now());
@@ -377,13 +387,28 @@ impl Proxy {
                     (response, connection, places, now - began)
                 }
                 Err(Trouble::Client(problem)) => return Err(problem),
+                Err(Trouble::Paused) => {
+                    wait = Some(HoldFor::Primary);
+                    continue;
+                }
                 Err(Trouble::Node(failure)) => {
                     tried.ended = Ended::Failed(failure);
                     walk.tried(&mut history, &node, tried);
                     report(cluster, &node, failure);
                     let had_fallen_back = history.fell_back;
-                    let next =
-                        self.next(walk, cluster, &request, &mut history, Outcome::Failed(failure))?;
+                    let outcome = Outcome::Failed(failure);
+                    let next = match self.next(walk, cluster, &request, &mut history, outcome) {
+                        Err(problem) if request.class == Class::Write && failure.written => {
+                            let before = &before;
+                            let failed = outcome::Failed { cluster, node: &node, before, failure };
+                            let until = route.retry_uncommitted.then_some(deadline);
+                            if !self.is_to_repeat(walk, &history, &failed, until).await {
+                                return Err(problem);
+                            }
+                            Next::Hold(HoldFor::Primary)
+                        }
+                        next => next?,
+                    };
                     if history.fell_back && !had_fallen_back {
                         let reason = match failure.kind {
                             FailureKind::ConnectTimeout => "timeout",
@@ -592,6 +617,32 @@ impl Proxy {
         session.reach(&here, primary.as_deref()) != Reach::Reached
     }
 
+    /// After a write that failed when bytes of it had left: whether it provably did not run, and
+    /// may run again because its route said so, with `until`. Tells the client otherwise.
+    async fn is_to_repeat(
+        &self,
+        walk: &mut Walk<'_>,
+        history: &History,
+        failed: &outcome::Failed<'_>,
+        until: Option<Instant>,
+    ) -> bool {
+        let replayable = walk.upload.as_ref().is_none_or(Upload::is_replayable);
+        let until = until.filter(|_| replayable);
+        let outcome = failed.settled(history, until).await;
+        let repeats = until.is_some() && outcome == WriteOutcome::NotCommitted;
+        let counted = match outcome {
+            _ if repeats => Unanswered::Repeated,
+            WriteOutcome::NotCommitted => Unanswered::NotCommitted,
+            WriteOutcome::Unknown => Unanswered::Unknown,
+        };
+        self.shard.unanswered(failed.cluster.index, counted);
+        if !repeats {
+            walk.outcome = Some(outcome);
+            walk.fields.push(outcome::field(outcome));
+        }
+        repeats
+    }
+
     /// What the answer tells the client of what it wrote.
     ///
     /// # Errors
@@ -643,7 +694,7 @@ impl Proxy {
         (Response<Incoming>, Box<crate::upstream::Connection<body::RequestBody>>, Places, Instant),
         Trouble,
     > {
-        let Turn { request, extra, now: mut began } = turn;
+        let Turn { request, extra, role, now: mut began } = turn;
         let write = if request.class == Class::Write && !walk.upgrade {
             let turn = if let Some(place) = cluster.writes.try_enter() {
                 Ok(Ok(place))
@@ -664,9 +715,18 @@ impl Proxy {
             began = Instant::now();
             turn.ok().and_then(Result::ok).ok_or(Trouble::Node(full))?
         };
+        let lane = match &write {
+            Some(_) => Some(cluster.lane.enter().ok_or(Trouble::Paused)?),
+            None => None,
+        };
         let timeouts = &cluster.config.timeouts;
         let expects_continue =
             walk.version == Version::HTTP_11 && headers::expects_continue(&walk.headers);
+        let is_lost = |now: Instant| match (request.class, role) {
+            (Class::Write, Role::Primary) => !cluster.is_primary(node.id),
+            (Class::Write, _) => false,
+            (Class::Read, _) => cluster.is_silent_alone(node.id, now),
+        };
         let this = Try {
             conn: walk.conn,
             upload: walk.upload.as_ref(),
@@ -679,6 +739,7 @@ impl Proxy {
             response_header: timeouts.response_header,
             idle: timeouts.idle,
             body_idle: self.config.limits.body_idle,
+            is_lost: &is_lost,
         };
         let head = || {
             let mut message = Request::new(());
@@ -703,7 +764,7 @@ impl Proxy {
             message
         };
         let (response, connection) = attempt::run(&this, node, head).await?;
-        let places = Places { node: place, write, held: held.take() };
+        let places = Places { node: place, write, lane, held: held.take() };
         Ok((response, connection, places, began))
     }
 
@@ -769,9 +830,11 @@ impl Proxy {
         }
         let mut connected = connected;
         if switching {
-            let protocol = parts.headers.contains_key(header::UPGRADE);
-            debug_assert!(protocol, "a 101 names its protocol");
-            connected = self.tunnel(walk, cluster, connected);
+            let protocol = parts.headers.get(header::UPGRADE);
+            debug_assert!(protocol.is_some(), "a 101 names its protocol");
+            let websocket =
+                protocol.is_some_and(|p| p.as_bytes().eq_ignore_ascii_case(b"websocket"));
+            connected = self.tunnel(walk, cluster, connected, websocket);
         } else if walk.conn.is_draining() {
             parts.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
@@ -780,17 +843,49 @@ impl Proxy {
         Answer { response: Response::from_parts(parts, incoming), connected, idle, arrived }
     }
 
-    /// After the 101 the two sockets are joined.
-    fn tunnel(&self, walk: &Walk<'_>, cluster: &Cluster, mut connected: Connected) -> Connected {
-        let idle = cluster.config.timeouts.tunnel_idle;
-        let shard = Arc::clone(&self.shard);
+    /// After the 101 the two sockets are joined. One that may write follows the primary; the
+    /// others stay with their node.
+    fn tunnel(
+        &self,
+        walk: &Walk<'_>,
+        cluster: &Cluster,
+        mut connected: Connected,
+        websocket: bool,
+    ) -> Connected {
+        let timeouts = &cluster.config.timeouts;
+        let (idle, window) = (timeouts.tunnel_idle, timeouts.tunnel_close);
+        let drained = self.config.server.drain.timeout / 2;
+        let (shard, conn) = (Arc::clone(&self.shard), Rc::clone(walk.conn));
+        let writes = walk.request.is_none_or(|request| request.class == Class::Write);
+        let (topology, id) = (cluster.topology.borrow().clone(), connected.node.id);
         if let Some(connection) = connected.take_connection() {
-            walk.conn.take_over(Box::new(move |client, ahead| {
+            walk.conn.take_over(Box::new(move |client, from_client| {
                 Box::pin(async move {
                     shard.tunnels.add(1);
-                    let (node, first) = connection.into_stream().await;
-                    upgrade::join(client, ahead, node, first, idle).await;
+                    let (node, from_node) = connection.into_stream().await;
+                    let share = fastrand::f64();
+                    let leave = async {
+                        let demoted = async {
+                            if !writes {
+                                std::future::pending::<()>().await;
+                            }
+                            upgrade::demoted(topology, id, window, share).await;
+                        };
+                        tokio::select! {
+                            () = demoted => Leave::Demoted,
+                            () = conn.drained() => {
+                                // So that what is left of the drain is enough for the last ones.
+                                sleep(window.min(drained).mul_f64(share)).await;
+                                Leave::Draining
+                            }
+                        }
+                    };
+                    let sides = Sides { client, from_client, node, from_node, websocket };
+                    let left = upgrade::join(sides, idle, leave).await;
                     shard.tunnels.sub(1);
+                    if let Some(left) = left {
+                        shard.tunnel_closed(left);
+                    }
                 })
             }));
         }
@@ -831,6 +926,8 @@ struct Walk<'p> {
     session: Option<Box<Session>>,
     /// What it has in common with others, on a route whose reads see each other's writes.
     scope: Option<u64>,
+    /// What became of it, if it was a write that failed after bytes of it had left.
+    outcome: Option<WriteOutcome>,
     /// What the answer gets on top of the node's fields.
     fields: acknowledge::Fields,
 }
@@ -862,6 +959,8 @@ const GONE_BACK: usize = 4;
 struct Turn<'a> {
     request: &'a decide::Request,
     extra: &'a Extra,
+    /// What the node is believed to be.
+    role: Role,
     now: Instant,
 }
 

@@ -45,6 +45,7 @@ impl Proxy {
             }
         };
         let own = Own {
+            outcome: None,
             problem,
             detail: Some(refusal.detail).filter(|detail| !detail.is_empty()),
             html: seen.html,

@@ -13,7 +13,10 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::{account::Account, attempt::Connected};
-use crate::{decide::Problem, server::Abort};
+use crate::{
+    decide::{Problem, outcome::WriteOutcome},
+    server::Abort,
+};
 
 /// A response body as the client's connection sends it. Boxed: it is moved many times on its way
 /// to the socket.
@@ -182,6 +185,8 @@ pub struct Own<'a> {
     pub detail: Option<&'a str>,
     /// Whether the client is a browser.
     pub html: bool,
+    /// What became of a write that was sent.
+    pub outcome: Option<WriteOutcome>,
     /// This instance, for `Proxy-Status`.
     pub instance: &'a str,
     /// Whether the connection ends with this answer.
@@ -241,6 +246,9 @@ impl Own<'_> {
         if let Some(seconds) = problem.retry_after() {
             body["retry_after"] = seconds.into();
         }
+        if let Some(outcome) = self.outcome {
+            body["write_outcome"] = outcome.as_str().into();
+        }
         let mut body = body.to_string().into_bytes();
         body.push(b'\n');
         body.into()
@@ -248,12 +256,16 @@ impl Own<'_> {
 
     fn page(&self) -> Bytes {
         let problem = self.problem;
-        // Every text here is a constant of the table in `decide/problem.rs`: nothing to escape.
+        let outcome = match self.outcome {
+            Some(WriteOutcome::NotCommitted) => "<p>Nothing was changed: it can be sent again.",
+            Some(WriteOutcome::Unknown) | None => "",
+        };
+        // Every text here is a constant, of the table in `decide/problem.rs`: nothing to escape.
         format!(
             "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" \
              content=\"width=device-width\"><title>{status} {title}</title><style>body{{font:\
              1.1rem/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem;\
-             color-scheme:light dark}}small{{opacity:.7}}</style><h1>{title}</h1><p>{detail}</p>\
+             color-scheme:light dark}}small{{opacity:.7}}</style><h1>{title}</h1><p>{detail}</p>{outcome}\
              <p><small>{status} · {fault} · {word} · litegate</small></p></html>\n",
             status = problem.status().as_u16(),
             title = problem.title(),

@@ -132,6 +132,11 @@ impl Conn {
         self.drain.is_draining()
     }
 
+    /// Waits until this worker takes nothing new.
+    pub async fn drained(&self) {
+        self.drain.started().await;
+    }
+
     /// When the current request's first byte came.
     pub fn request_began(&self) -> Instant {
         self.since.get()

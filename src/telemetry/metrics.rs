@@ -44,7 +44,7 @@ const ALL_CODES: usize = CODES.len() + MORE_CODES.len();
 const BUCKETS: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const CLASSES: [&str; 3] = ["read", "write", "none"];
-const FAILURE_KINDS: [FailureKind; 7] = [
+const FAILURE_KINDS: [FailureKind; 8] = [
     FailureKind::ConnectRefused,
     FailureKind::ConnectTimeout,
     FailureKind::NodeFull,
@@ -52,6 +52,7 @@ const FAILURE_KINDS: [FailureKind; 7] = [
     FailureKind::Closed,
     FailureKind::ResponseTimeout,
     FailureKind::BadResponse,
+    FailureKind::NodeGone,
 ];
 
 /// One family of series, as it is declared once for the scrape and for the operator's page.
@@ -91,6 +92,8 @@ families! {
         "Clients connected.";
     TUNNELS = gauge "litegate_tunnels" []
         "Upgraded connections, WebSockets among them.";
+    TUNNELS_CLOSED = counter "litegate_tunnels_closed_total" ["reason"]
+        "Upgraded connections that litegate closed: their node was `demoted`, or litegate was `draining`.";
     PROBLEMS = counter "litegate_problems_total" ["problem"]
         "Answers that litegate made itself, by the words of problems.md.";
     ATTEMPTS = counter "litegate_upstream_requests_total" ["cluster", "node", "code"]
@@ -109,6 +112,8 @@ families! {
         "Requests sent again after a failure.";
     RETRIES_SKIPPED = counter "litegate_retries_skipped_total" ["cluster", "reason"]
         "Failed attempts after which there was no retry: over the budget, the body was gone, or a write may have run.";
+    WRITE_OUTCOMES = counter "litegate_write_outcomes_total" ["cluster", "outcome"]
+        "Writes that failed after bytes of them had left: `unknown`, provably `not-committed`, or, that and sent again, `repeated`.";
     REPLAYS = counter "litegate_replays_total" ["cluster", "outcome"]
         "Answers with fly-replay.";
     CACHES_IGNORED = counter "litegate_replay_caches_ignored_total" ["cluster"]
@@ -119,6 +124,8 @@ families! {
         "Requests that wait for a primary now.";
     HELD_BYTES = gauge "litegate_held_bytes" ["cluster"]
         "What their bodies may take together.";
+    HANDING_OVER = gauge "litegate_handing_over" ["cluster"]
+        "Whether a planned hand-over keeps all writes waiting.";
     HOLD_OUTCOMES = counter "litegate_hold_outcomes_total" ["cluster", "outcome"]
         "Requests that waited for a primary.";
     HOLD_DURATION = histogram "litegate_hold_duration_seconds" ["cluster"]
@@ -283,6 +290,30 @@ pub enum HoldOutcome {
 
 const HOLD_OUTCOME_WORDS: [&str; 3] = ["resumed", "timeout", "overflow"];
 
+/// What became of a write that failed after bytes of it had left.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Unanswered {
+    /// Nobody knows.
+    Unknown,
+    /// It did not commit.
+    NotCommitted,
+    /// The same, and it was sent again.
+    Repeated,
+}
+
+const UNANSWERED: [&str; 3] = ["unknown", "not-committed", "repeated"];
+
+/// Why the client of an upgraded connection had better go elsewhere.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Leave {
+    /// Its node is no longer the primary.
+    Demoted,
+    /// litegate takes nothing new.
+    Draining,
+}
+
+const LEAVES: [&str; 2] = ["demoted", "draining"];
+
 /// What happened to a `fly-replay` answer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum ReplayOutcome {
@@ -360,6 +391,7 @@ pub struct Shard {
     pub replay_buffer: Cell,
     /// Upgraded connections.
     pub tunnels: Cell,
+    tunnels_closed: [Cell; LEAVES.len()],
 }
 
 #[derive(Debug, Default)]
@@ -381,6 +413,7 @@ struct ClusterCells {
     caches_ignored: Cell,
     holds: [Cell; 3],
     hold_duration: Histogram,
+    unanswered: [Cell; UNANSWERED.len()],
     consistency: Consistency,
 }
 
@@ -415,6 +448,7 @@ impl ClusterCells {
             caches_ignored: Cell::default(),
             holds: Default::default(),
             hold_duration: Histogram::default(),
+            unanswered: Default::default(),
             consistency: Consistency::default(),
         }
     }
@@ -609,6 +643,22 @@ impl Shard {
         }
     }
 
+    /// A write failed after bytes of it had left.
+    pub fn unanswered(&self, cluster: usize, outcome: Unanswered) {
+        if let Some((_, cells)) = self.clusters.get(cluster)
+            && let Some(cell) = cells.unanswered.get(outcome as usize)
+        {
+            cell.add(1);
+        }
+    }
+
+    /// litegate closed an upgraded connection.
+    pub fn tunnel_closed(&self, leave: Leave) {
+        if let Some(cell) = self.tunnels_closed.get(leave as usize) {
+            cell.add(1);
+        }
+    }
+
     /// The cells of a node: once for each incarnation, not for each request.
     pub fn node(&self, cluster: usize, name: &Arc<str>) -> Arc<NodeCells> {
         let cluster = self.clusters.get(cluster).map_or_else(|| "".into(), |(n, _)| Arc::clone(n));
@@ -696,6 +746,8 @@ pub struct Standing {
     pub held: usize,
     /// What their bodies may take together.
     pub held_bytes: usize,
+    /// Whether a planned hand-over keeps all writes waiting.
+    pub handing_over: bool,
 }
 
 struct Ask(Box<dyn Fn() -> Standing + Send + Sync>);
@@ -755,6 +807,7 @@ impl Metrics {
             problems: Problem::ALL.iter().map(|_| Cell::default()).collect(),
             replay_buffer: Cell::default(),
             tunnels: Cell::default(),
+            tunnels_closed: Default::default(),
         });
         shards.push(Arc::clone(&shard));
         shard
@@ -778,6 +831,13 @@ impl Metrics {
     {
         let all = clusters.into_iter().map(|(name, ask)| (name, Ask(Box::new(ask))));
         *self.standings.lock().unwrap_or_else(PoisonError::into_inner) = all.collect();
+    }
+
+    /// What a cluster's requests wait for now.
+    pub fn standing(&self, cluster: &str) -> Standing {
+        let standings = self.standings.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = standings.iter().find(|(name, _)| **name == *cluster);
+        found.map(|(_, ask)| ask.0()).unwrap_or_default()
     }
 
     /// Discovery believes something new.
@@ -834,6 +894,11 @@ impl Metrics {
         }
         page.one(REPLAY_BUFFER, sum(shards, |s| s.replay_buffer.get()));
         page.one(TUNNELS, sum(shards, |s| s.tunnels.get()));
+        page.family(TUNNELS_CLOSED);
+        for (place, reason) in LEAVES.iter().enumerate() {
+            let n = sum(shards, |s| s.tunnels_closed.get(place).map_or(0, Cell::get));
+            page.line(TUNNELS_CLOSED, &[reason], n);
+        }
         let all = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         type Count = fn(&Changes) -> u64;
         let families: [(&Family, Count); 5] = [
@@ -862,8 +927,11 @@ impl Metrics {
         let standings: Vec<_> =
             standings.iter().map(|(name, ask)| (name.clone(), ask.0())).collect();
         type Of = fn(&Standing) -> u64;
-        let families: [(&Family, Of); 2] =
-            [(HELD, |s| s.held as u64), (HELD_BYTES, |s| s.held_bytes as u64)];
+        let families: [(&Family, Of); 3] = [
+            (HELD, |s| s.held as u64),
+            (HELD_BYTES, |s| s.held_bytes as u64),
+            (HANDING_OVER, |s| u64::from(s.handing_over)),
+        ];
         for (family, of) in families {
             page.family(family);
             for (cluster, standing) in &standings {
@@ -976,7 +1044,7 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
     let voids = Void::ALL.map(Void::as_str);
     let reads = TokenRead::ALL.map(TokenRead::as_str);
     type One = fn(&ClusterCells, usize) -> u64;
-    let families: [(&Family, &[&str], One); 7] = [
+    let families: [(&Family, &[&str], One); 8] = [
         (TOKENS_INVALID, &voids, |c, i| c.consistency.void.get(i).map_or(0, Cell::get)),
         (TOKEN_READS, &reads, |c, i| c.consistency.reads.get(i).map_or(0, Cell::get)),
         (DURABILITY_WAITS, &["reached", "timeout"], |c, i| {
@@ -984,6 +1052,7 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
         }),
         (RETRIES, &["read", "write"], |c, i| c.retried.get(i).map_or(0, Cell::get)),
         (RETRIES_SKIPPED, &RETRY_REFUSALS, |c, i| c.retry_refused.get(i).map_or(0, Cell::get)),
+        (WRITE_OUTCOMES, &UNANSWERED, |c, i| c.unanswered.get(i).map_or(0, Cell::get)),
         (REPLAYS, &REPLAY_OUTCOMES, |c, i| c.replays.get(i).map_or(0, Cell::get)),
         (HOLD_OUTCOMES, &HOLD_OUTCOME_WORDS, |c, i| c.holds.get(i).map_or(0, Cell::get)),
     ];

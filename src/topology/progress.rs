@@ -3,9 +3,12 @@
 //! A growing position is no change of topology: it goes into its node's cell, read without a
 //! lock, and wakes only those who wait for one. A snapshot holds the cells of its nodes.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use arc_swap::{ArcSwap, Guard};
@@ -19,6 +22,15 @@ use super::position::{Database, Positions};
 const ACKNOWLEDGED: usize = 4096;
 /// How many bits of a remembered acknowledgement are the number; the rest tells the database.
 const TXID_BITS: u32 = 60;
+
+/// What [`Progress`] counts time from, in a number.
+static BEGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+fn millis(at: Instant) -> u64 {
+    let since = at.saturating_duration_since(*BEGIN).as_millis();
+    // Half a billion years fit.
+    u64::try_from(since).unwrap_or(u64::MAX - 1)
+}
 
 /// Rung when any node of a cluster gets on, if anybody waits.
 #[derive(Debug)]
@@ -86,6 +98,8 @@ pub struct Progress {
     ask: Notify,
     /// The readings that are answered, and the last answer.
     answered: watch::Sender<(u64, Option<Arc<Positions>>)>,
+    /// When the node last spoke, in milliseconds since [`BEGIN`], plus one. Zero: it never did.
+    heard: AtomicU64,
     /// What was acknowledged to clients last, in a ring.
     acknowledged: Box<[AtomicU64]>,
     next: AtomicUsize,
@@ -99,6 +113,7 @@ impl Default for Progress {
             asked: AtomicU64::new(0),
             ask: Notify::new(),
             answered: watch::Sender::new((0, None)),
+            heard: AtomicU64::new(0),
             acknowledged: (0..ACKNOWLEDGED).map(|_| AtomicU64::new(0)).collect(),
             next: AtomicUsize::new(0),
         }
@@ -125,6 +140,17 @@ impl Progress {
     pub fn set(&self, positions: Positions) {
         self.positions.store(Arc::new(positions));
         self.bell.ring();
+    }
+
+    /// The node spoke.
+    pub fn heard(&self, now: Instant) {
+        self.heard.store(millis(now) + 1, Ordering::Relaxed);
+    }
+
+    /// How long it has not spoken. `None`: it never did.
+    pub fn silent(&self, now: Instant) -> Option<Duration> {
+        let heard = self.heard.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(Duration::from_millis(millis(now).saturating_sub(heard)))
     }
 
     /// Asks for a reading that begins after this call. At most one runs at a time, and everybody
@@ -224,7 +250,7 @@ mod tests {
         let mut listening = cell.bell().listen(1).unwrap();
         assert!(cell.bell().listen(1).is_none(), "bounded");
         let mut positions = Positions::of(Some(1));
-        positions.set("a", Position { txid: 1, checksum: 0 }, std::time::Instant::now());
+        positions.set("a", Position { txid: 1, checksum: 0 }, Instant::now());
         cell.set(positions);
         listening.rung().await;
         drop(listening);
@@ -236,7 +262,7 @@ mod tests {
         let cell = cell();
         let app = Database::named("app.db");
         let mut start = Positions::default();
-        start.set("app.db", Position { txid: 5, checksum: 0 }, std::time::Instant::now());
+        start.set("app.db", Position { txid: 5, checksum: 0 }, Instant::now());
         (1..=9).for_each(|txid| cell.acknowledge(app, txid));
         assert_eq!(cell.lost(&start), 4);
         assert_eq!(cell.lost(&start), 0);

@@ -1,7 +1,9 @@
 //! litegate over real sockets, before the fake cluster of the testkit.
 
 mod dns;
+mod failover;
 mod gate;
+mod handoff;
 mod house;
 mod http;
 mod leaving;
@@ -13,6 +15,7 @@ mod replays;
 mod roles;
 mod sessions;
 mod testkit;
+mod tunnels;
 mod verify;
 mod writes;
 

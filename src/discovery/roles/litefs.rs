@@ -53,11 +53,14 @@ impl Litefs {
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut was_silent = false;
+        let mut answered = Instant::now();
         loop {
             ticks.tick().await;
             match client::info(self.api, INFO).await {
                 Ok(claim) => {
                     was_silent = false;
+                    answered = Instant::now();
+                    self.progress.heard(answered.into_std());
                     self.claims(claim);
                 }
                 Err(error) => {
@@ -66,6 +69,9 @@ impl Litefs {
                         tracing::warn!(%member, %api, %error, "LiteFS's API does not answer");
                     }
                     self.silent();
+                    // How far it was behind then, nobody knows now: at least so old is its word.
+                    let lag = answered.elapsed();
+                    self.observer.observe(Saw::Lag { address: self.member, lag }, Source::Litefs);
                 }
             }
         }

@@ -1,0 +1,207 @@
+//! What became of a write whose answer never came.
+//!
+//! Its connection broke after bytes of it had left, so it may have run. The primary's positions
+//! tell in one case: another process is primary now, and its history goes on from exactly where
+//! the old primary was before the write was sent. Then whatever the write did is on a branch that
+//! the cluster has left, and it never will be there: the app that had it hung up, or is gone, and
+//! is not the primary's. Everything else is unknown, above all a primary that lives: its app may
+//! commit after the connection broke.
+//!
+//! Where the new primary began is told by its own stream of events, in the order of its
+//! transactions ([`Epoch::start`]); what the old one's feed said may be older than the truth, which
+//! makes an equal beginning less likely, never wrong.
+
+use smallvec::SmallVec;
+
+use super::FailureKind;
+use crate::topology::{
+    Epoch,
+    position::{DATABASES, Database, Position, Positions},
+};
+
+/// Where the primary was before a write was sent to it. Allocates nothing for a node with up to
+/// two databases.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Before {
+    /// The process.
+    incarnation: Option<u64>,
+    databases: SmallVec<[(Database, Position); 2]>,
+}
+
+impl Before {
+    /// As its feed has it.
+    pub fn of(positions: &Positions) -> Self {
+        let databases = positions.iter().map(|(database, _, position)| (database, position));
+        Self { incarnation: positions.incarnation, databases: databases.collect() }
+    }
+
+    /// Whether `start` is the very same place: in every database of either.
+    fn is_at(&self, start: &Positions) -> bool {
+        let ours = self.databases.iter();
+        let mut theirs = start.iter();
+        ours.into_iter().all(|(db, at)| at.checksum != 0 && start.get(*db) == Some(*at))
+            && theirs.all(|(theirs, ..)| self.databases.iter().any(|(ours, _)| *ours == theirs))
+    }
+}
+
+/// What is known of it.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum WriteOutcome {
+    /// It did not commit, and never will.
+    NotCommitted,
+    /// It may have.
+    Unknown,
+}
+
+impl WriteOutcome {
+    /// The word in `Litegate-Write-Outcome`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::NotCommitted => "not-committed",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// How far the question is settled.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Verdict {
+    /// For good.
+    Settled(WriteOutcome),
+    /// The next primary's beginning would tell; until then it is unknown.
+    Open,
+}
+
+/// Whether whoever had the write is done with it: its side broke the connection off, or its
+/// process is gone. After a timeout it may be running still.
+pub fn is_over(kind: FailureKind, process_is_gone: bool) -> bool {
+    process_is_gone || matches!(kind, FailureKind::Closed | FailureKind::StaleConnection)
+}
+
+/// Judges the last attempt of a write: `before` it was sent, and who has been primary so far.
+/// `over`: see [`is_over`]. `all`: whether every database of a node is followed.
+pub fn judge(before: &Before, lineage: &[Epoch], over: bool, all: bool) -> Verdict {
+    const UNKNOWN: Verdict = Verdict::Settled(WriteOutcome::Unknown);
+    let Some(process) = before.incarnation.filter(|_| over && all) else { return UNKNOWN };
+    if before.databases.is_empty() || before.databases.len() >= DATABASES {
+        return UNKNOWN;
+    }
+    let mut terms = lineage.iter().enumerate().filter(|(_, epoch)| epoch.incarnation == process);
+    let (Some((term, _)), None) = (terms.next(), terms.next()) else {
+        // It was never seen as primary, or more than once: then its app may still get to commit.
+        return UNKNOWN;
+    };
+    let Some(next) = lineage.get(term + 1) else { return Verdict::Open };
+    match &next.start {
+        None if term + 2 == lineage.len() => Verdict::Open,
+        Some(start) if before.is_at(start) => Verdict::Settled(WriteOutcome::NotCommitted),
+        _ => UNKNOWN,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Instant};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NOT_COMMITTED: Verdict = Verdict::Settled(WriteOutcome::NotCommitted);
+    const UNKNOWN: Verdict = Verdict::Settled(WriteOutcome::Unknown);
+
+    fn at(txid: u64, branch: u64) -> Position {
+        Position { txid, checksum: 1 << 63 | branch << 32 | txid }
+    }
+
+    fn positions(process: u64, databases: &[(&str, Position)]) -> Positions {
+        let mut all = Positions::of(Some(process));
+        databases.iter().for_each(|(name, position)| all.set(name, *position, Instant::now()));
+        all
+    }
+
+    fn epoch(process: u64, start: Option<&[(&str, Position)]>) -> Epoch {
+        let start = start.map(|databases| Arc::new(positions(process, databases)));
+        Epoch { incarnation: process, start }
+    }
+
+    fn before(databases: &[(&str, Position)]) -> Before {
+        Before::of(&positions(1, databases))
+    }
+
+    #[test]
+    fn only_a_beginning_at_the_very_same_place_proves_anything() {
+        let (a, b) = (("a", at(5, 1)), ("b", at(9, 1)));
+        let table: &[(&[_], &[Epoch], Verdict)] = &[
+            (&[a], &[epoch(1, None)], Verdict::Open),
+            (&[a], &[epoch(1, None), epoch(2, None)], Verdict::Open),
+            (&[a], &[epoch(1, None), epoch(2, Some(&[a]))], NOT_COMMITTED),
+            (&[a, b], &[epoch(1, None), epoch(2, Some(&[b, a]))], NOT_COMMITTED),
+            (&[a], &[epoch(1, None), epoch(2, Some(&[("a", at(6, 1))]))], UNKNOWN),
+            (&[a], &[epoch(1, None), epoch(2, Some(&[("a", at(4, 1))]))], UNKNOWN),
+            (&[a], &[epoch(1, None), epoch(2, Some(&[("a", at(5, 2))]))], UNKNOWN),
+            (&[a, b], &[epoch(1, None), epoch(2, Some(&[a]))], UNKNOWN),
+            (&[a], &[epoch(1, None), epoch(2, Some(&[a, b]))], UNKNOWN),
+            (&[], &[epoch(1, None), epoch(2, Some(&[]))], UNKNOWN),
+            // Later primaries add nothing, unless the old one is among them.
+            (&[a], &[epoch(1, None), epoch(2, Some(&[a])), epoch(3, None)], NOT_COMMITTED),
+            (&[a], &[epoch(1, None), epoch(2, None), epoch(3, Some(&[a]))], UNKNOWN),
+            (&[a], &[epoch(1, None), epoch(2, Some(&[a])), epoch(1, None)], UNKNOWN),
+            // Never seen as primary.
+            (&[a], &[epoch(2, Some(&[a]))], UNKNOWN),
+            (&[a], &[], UNKNOWN),
+        ];
+        for (n, (databases, lineage, verdict)) in table.iter().enumerate() {
+            assert_eq!(judge(&before(databases), lineage, true, true), *verdict, "{n}");
+            assert_eq!(judge(&before(databases), lineage, false, true), UNKNOWN, "{n}");
+            assert_eq!(judge(&before(databases), lineage, true, false), UNKNOWN, "{n}");
+        }
+    }
+
+    #[test]
+    fn a_checksum_that_nobody_knows_proves_nothing() {
+        let blind = ("a", Position { txid: 5, checksum: 0 });
+        let lineage = [epoch(1, None), epoch(2, Some(&[blind]))];
+        assert_eq!(judge(&before(&[blind]), &lineage, true, true), UNKNOWN);
+    }
+
+    #[test]
+    fn after_a_timeout_it_may_still_run_unless_the_process_is_gone() {
+        for (kind, over) in [
+            (FailureKind::Closed, true),
+            (FailureKind::StaleConnection, true),
+            (FailureKind::ResponseTimeout, false),
+            (FailureKind::NodeGone, false),
+            (FailureKind::BadResponse, false),
+        ] {
+            assert_eq!(is_over(kind, false), over, "{kind:?}");
+            assert!(is_over(kind, true));
+        }
+    }
+
+    proptest! {
+        /// A history of transactions on one database, with failovers that lose some of them: a
+        /// write that is in the last primary's history is never called uncommitted.
+        #[test]
+        fn what_survived_is_never_called_uncommitted(
+            sent in 0_u64..20, stale in 0_u64..3, ran in any::<bool>(), late in 0_u64..4,
+            kept in 0_u64..30, known in any::<bool>(), further in 0_u64..3,
+        ) {
+            // The primary was at `sent`, of which its feed knew all but `stale`; the write, if it
+            // ran, became a transaction after `late` others, and the next primary kept some.
+            let knew = sent.saturating_sub(stale).max(1);
+            let write = sent + late + 1;
+            let end = if ran { write + further } else { sent + late };
+            let start = kept.min(end).max(1);
+            let survived = ran && start >= write;
+            let database = |txid| [("a", at(txid, 1))];
+            let second = database(start);
+            let lineage = [epoch(1, None), epoch(2, known.then_some(&second[..]))];
+            let verdict = judge(&before(&database(knew)), &lineage, true, true);
+            prop_assert!(!survived || verdict != NOT_COMMITTED);
+            if known && start == knew {
+                prop_assert_eq!(verdict, NOT_COMMITTED);
+            }
+        }
+    }
+}

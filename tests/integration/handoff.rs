@@ -1,0 +1,175 @@
+//! The planned hand-over: nobody notices, and whatever goes wrong the writes go on.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use litegate::testkit::{
+    Options,
+    client::{self, Conn, Response},
+};
+use tokio::time::{Instant, timeout};
+
+use crate::gate::Gate;
+
+const LITEFS: &str = r#"primary = { type = "litefs", poll = "100ms" }"#;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn gate(options: Options) -> Gate {
+    let gate = Gate::with(options, LITEFS).await;
+    gate.send("POST", "/kv/first", b"v").await;
+    gate.cluster.settled().await;
+    gate.until(|topology| topology.nodes.iter().all(|node| !node.progress.get().is_empty())).await;
+    gate
+}
+
+async fn hand_over(gate: &Gate, query: &str) -> (u16, serde_json::Value) {
+    let target = format!("/api/handoff?{query}");
+    let asked = timeout(PATIENCE, client::request(gate.admin(), "POST", &target, "", b"")).await;
+    let answer: Response = asked.expect("in time").expect("an answer");
+    let body = serde_json::from_slice(&answer.body).expect("JSON");
+    (answer.status, body)
+}
+
+#[tokio::test]
+async fn under_load_it_loses_and_fails_nothing() {
+    let gate = gate(Options { replication: Duration::from_millis(30), ..Options::default() }).await;
+    let (address, stop) = (gate.address(), Arc::new(AtomicBool::new(false)));
+    let clients: Vec<_> = (0..6)
+        .map(|client| {
+            let stop = Arc::clone(&stop);
+            tokio::spawn(async move {
+                let mut conn = Conn::open(address).await.expect("litegate listens");
+                let mut written = 0;
+                while !stop.load(Relaxed) {
+                    let target = format!("/kv/{client}-{written}");
+                    let answer = conn.request("POST", &target, "", b"x").await.expect("an answer");
+                    assert_eq!(answer.status, 200, "{target}: {}", answer.text());
+                    written += 1;
+                    let read = conn.request("GET", "/kv/first", "", b"").await.expect("an answer");
+                    assert_eq!(read.status, 200);
+                }
+                written
+            })
+        })
+        .collect();
+    let mut primary = 0;
+    for to in [2, 1, 0] {
+        let (status, report) = hand_over(&gate, &format!("to=app-{to}&from=app-{primary}")).await;
+        assert_eq!((status, report["outcome"].as_str()), (200, Some("done")), "{report}");
+        assert_eq!(report["steps"].as_array().expect("steps").len(), 4, "{report}");
+        assert_eq!(gate.cluster.primary(), Some(to));
+        primary = to;
+    }
+    stop.store(true, Relaxed);
+    let mut all = 0;
+    for client in clients {
+        all += client.await.expect("it failed nothing");
+    }
+    gate.cluster.settled().await;
+    let ledger: BTreeMap<_, _> = gate.cluster.ledger();
+    assert_eq!(ledger.len(), all + 1, "each ran");
+    for (key, written) in &ledger {
+        assert_eq!(written.on.len(), 1, "{key} ran {:?}", written.on);
+        assert_eq!(gate.cluster.count(primary, key), 1, "{key} is lost");
+    }
+}
+
+#[tokio::test]
+async fn without_a_wish_the_replica_that_has_most_takes_over() {
+    let gate = gate(Options::default()).await;
+    gate.cluster.stall(1, true);
+    gate.send("POST", "/kv/a", b"v").await;
+    gate.cluster.settled_on(2).await;
+    gate.until(|topology| {
+        let at = |name| topology.named(name).map(|n| n.progress.get().only().map(|(_, at)| at));
+        at("app-2") == at("app-0")
+    })
+    .await;
+    let (status, report) = hand_over(&gate, "").await;
+    assert_eq!((status, report["to"].as_str()), (200, Some("app-2")), "{report}");
+}
+
+#[tokio::test]
+async fn a_target_that_never_catches_up_is_given_up_and_writes_go_on() {
+    let gate = gate(Options::default()).await;
+    gate.cluster.stall(1, true);
+    gate.send("POST", "/kv/a", b"v").await;
+    let (asked, held) = tokio::join!(hand_over(&gate, "to=app-1"), async {
+        while gate.metric("litegate_handing_over", "app").await == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // Reads go on.
+        assert_eq!(gate.send("GET", "/kv/first", b"").await.status, 200);
+        let (status, second) = hand_over(&gate, "to=app-2").await;
+        assert_eq!((status, second["outcome"].as_str()), (409, Some("refused")), "{second}");
+        gate.send("POST", "/kv/held", b"v").await
+    });
+    let (status, report) = asked;
+    assert_eq!((status, report["failed"].as_str()), (502, Some("catch up")), "{report}");
+    assert_eq!((held.status, gate.cluster.written("held").on), (200, vec![0]));
+    assert_eq!(gate.metric("litegate_handing_over", "app").await, 0);
+    assert_eq!(gate.send("POST", "/kv/later", b"v").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_target_that_dies_is_given_up_and_writes_go_on() {
+    let gate = gate(Options::default()).await;
+    gate.cluster.stall(1, true);
+    gate.send("POST", "/kv/a", b"v").await;
+    let ((status, report), ()) = tokio::join!(hand_over(&gate, "to=app-1"), async {
+        while gate.metric("litegate_handing_over", "app").await == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        gate.cluster.kill(1);
+    });
+    assert_eq!((status, report["outcome"].as_str()), (502, Some("failed")), "{report}");
+    assert_eq!(report["primary"], "app-0");
+    assert_eq!(gate.send("POST", "/kv/later", b"v").await.status, 200);
+}
+
+#[tokio::test]
+async fn writes_under_way_are_waited_for() {
+    let gate = gate(Options::default()).await;
+    let before = gate.cluster.served(0);
+    let slow = gate.send("POST", "/kv/slow?wait=700", b"v");
+    let ((status, report), slow) = tokio::join!(
+        async {
+            while gate.cluster.served(0) == before {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            hand_over(&gate, "to=app-1").await
+        },
+        slow
+    );
+    assert_eq!((status, slow.status), (200, 200), "{report}");
+    assert_eq!(gate.cluster.written("slow").on, [0]);
+    assert!(report["steps"][0]["seconds"].as_f64().expect("a number") > 0.3, "{report}");
+}
+
+#[tokio::test]
+async fn what_cannot_be_done_is_refused_before_anything_is_held() {
+    let gate = gate(Options::default()).await;
+    let began = Instant::now();
+    for (query, status) in [
+        ("to=nobody", 404),
+        ("cluster=other", 404),
+        ("to=app-0", 200),
+        ("from=app-1", 200),
+        ("from=app-0&to=app-0", 200),
+    ] {
+        let (got, report) = hand_over(&gate, query).await;
+        assert_eq!(got, status, "{query}: {report}");
+    }
+    assert_eq!(gate.cluster.primary(), Some(0));
+    let page = client::request(gate.admin(), "POST", "/api/handoff", "origin: http://a\r\n", b"");
+    assert_eq!(page.await.expect("an answer").status, 403);
+    let get = client::request(gate.admin(), "GET", "/api/handoff", "", b"").await;
+    assert_eq!(get.expect("an answer").status, 405);
+    assert!(began.elapsed() < PATIENCE);
+}
