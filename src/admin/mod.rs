@@ -179,6 +179,9 @@ impl Admin {
 
     fn drain(&self) -> Response<Full<Bytes>> {
         match self.ask(Asked::Drain) {
+            Err(_) if self.draining.load(Ordering::Relaxed) => {
+                json(StatusCode::ACCEPTED, &json!({ "outcome": "draining" }))
+            }
             Ok(()) => json(StatusCode::ACCEPTED, &json!({ "outcome": "draining" })),
             Err(busy) => busy,
         }

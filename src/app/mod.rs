@@ -377,7 +377,7 @@ impl Control {
                     continue;
                 }
                 Some(asked) = self.asked.recv() => match asked {
-                    admin::Asked::Drain => Some(Order::Drain),
+                    admin::Asked::Drain => return self.drain(orders, true).await,
                     admin::Asked::HandOver { cluster, from, to, answer } => {
                         self.hand_over(&cluster, from, to, answer);
                         continue;
@@ -395,7 +395,7 @@ impl Control {
                         log.reopen();
                     }
                 }
-                Some(Order::Drain) => return self.drain(orders).await,
+                Some(Order::Drain) => return self.drain(orders, false).await,
                 Some(Order::Stop) | None => return self.stop().await,
             }
         }
@@ -545,8 +545,9 @@ impl Control {
     }
 
     /// Readiness fails; after `drain.delay` nothing new is taken; what runs is finished within
-    /// `drain.timeout`. A second order to leave ends it at once.
-    async fn drain(&mut self, mut orders: mpsc::Receiver<Order>) -> Ended {
+    /// `drain.timeout`. A second order to leave ends it at once, unless the first came by the admin
+    /// listener, as from a pre-stop hook: then a signal is still to follow.
+    async fn drain(&mut self, mut orders: mpsc::Receiver<Order>, mut to_follow: bool) -> Ended {
         self.admin.set_draining();
         let drain = self.config.server.drain;
         tracing::info!(delay = ?drain.delay, timeout = ?drain.timeout, "draining");
@@ -565,6 +566,7 @@ impl Control {
         let impatient = async {
             loop {
                 match orders.recv().await {
+                    Some(Order::Drain) if std::mem::take(&mut to_follow) => {}
                     Some(Order::Drain | Order::Stop) | None => return,
                     Some(_) => {}
                 }

@@ -9,7 +9,11 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use crate::config::{Config, load, units};
 
 mod check;
+mod drain;
 mod explain;
+mod handoff;
+mod remote;
+mod status;
 mod verify;
 
 /// The configuration is wrong.
@@ -26,9 +30,12 @@ Examples:
   litegate check -c litegate.toml            is the configuration right?
   litegate explain POST /api/items           where would this go, and why?
   litegate run -c litegate.toml              serve
+  litegate status                            what does the running one believe?
+  litegate handoff --from abaci-app-0        move the primary, and lose no write
   litegate verify http://abaci.one           does it keep its word, while pods restart?
 
-Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 wrong configuration.
+Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 wrong configuration, 4 refused,
+5 no running litegate reached.
 Every key can be set by the environment: LITEGATE__CLUSTER__APP__HOLD__TIMEOUT=25s"
 )]
 struct Arguments {
@@ -71,6 +78,12 @@ enum Command {
         #[arg(long, value_parser = units::duration)]
         duration: Option<Duration>,
     },
+    /// Show what a running litegate believes of its clusters
+    Status(status::Status),
+    /// Make another node primary, and lose no write
+    Handoff(handoff::Handoff),
+    /// Have a running litegate leave, finishing what runs
+    Drain(drain::Drain),
     /// Judge a live deployment: write, read back, and say what was lost, repeated or stale
     Verify(Box<verify::Verify>),
     /// Print completions for a shell
@@ -128,6 +141,9 @@ pub fn main() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }
         Command::Demo { duration } => Ok(crate::demo::run(duration)),
+        Command::Status(status) => Ok(status.run()),
+        Command::Handoff(handoff) => Ok(handoff.run()),
+        Command::Drain(drain) => Ok(drain.run()),
         Command::Verify(arguments) => Ok(verify::verify(&arguments)),
         Command::Completions { shell } => {
             let mut command = Arguments::command();

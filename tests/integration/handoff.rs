@@ -173,3 +173,54 @@ async fn what_cannot_be_done_is_refused_before_anything_is_held() {
     assert_eq!(get.expect("an answer").status, 405);
     assert!(began.elapsed() < PATIENCE);
 }
+
+/// Runs the program against the gate. Returns its exit code and what it said.
+async fn litegate(gate: &Gate, arguments: &[&str]) -> (i32, String) {
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_litegate"));
+    command.args(arguments).args(["--admin", &format!("http://{}", gate.admin())]);
+    let output = timeout(PATIENCE, command.kill_on_drop(true).output()).await;
+    let output = output.expect("in time").expect("the program was built");
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code().expect("it ends by itself"), String::from_utf8_lossy(&said).into_owned())
+}
+
+#[tokio::test]
+async fn the_commands_say_what_happened_by_word_and_exit_code() {
+    let gate = gate(Options::default()).await;
+    let (code, said) = litegate(&gate, &["status"]).await;
+    assert!(code == 0 && said.contains("cluster app: primary app-0"), "{said}");
+    assert!(said.contains("app.db 1/"), "{said}");
+    let (code, said) = litegate(&gate, &["handoff", "--from", "app-0", "--to", "app-2"]).await;
+    assert!(code == 0 && said.contains("app-2 is primary, before it app-0"), "{said}");
+    let (code, said) = litegate(&gate, &["handoff", "--from", "app-0", "--wait"]).await;
+    assert!(code == 0 && said.contains("nothing to do"), "{said}");
+    assert_eq!(litegate(&gate, &["handoff", "--to", "nobody"]).await.0, 4);
+    gate.cluster.step_down();
+    gate.until(|topology| topology.primary.is_none()).await;
+    assert_eq!(litegate(&gate, &["status"]).await.0, 1);
+    assert_eq!(litegate(&gate, &["handoff"]).await.0, 4);
+    let waits = ["handoff", "--to", "app-1", "--wait", "--timeout", "15s"];
+    let (waited, ()) = tokio::join!(litegate(&gate, &waits), async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        gate.cluster.promote(0);
+    });
+    assert!(waited.0 == 0 && waited.1.contains("app-1 is primary"), "{}", waited.1);
+}
+
+#[tokio::test]
+async fn a_drain_is_waited_for_and_loses_nothing() {
+    let gate = gate(Options::default()).await;
+    let before = gate.cluster.served(0);
+    let slow = gate.send("POST", "/kv/slow?wait=700", b"v");
+    let drain = async {
+        while gate.cluster.served(0) == before {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        litegate(&gate, &["drain", "--wait"]).await
+    };
+    let (slow, (code, said)) = tokio::join!(slow, drain);
+    assert_eq!(slow.status, 200);
+    assert!(code == 0 && said.contains("drained"), "{said}");
+    // Nobody is there any more.
+    assert_eq!(litegate(&gate, &["status"]).await.0, 5);
+}
