@@ -1,5 +1,5 @@
 //! The control room: health, metrics and what is believed. It reads; what changes anything is
-//! POSTed, never by a page in a browser, and done by whoever wires.
+//! asked for by POST, never by a page in a browser, and done by whoever wires.
 //!
 //! `GET /livez` · `/healthz` · `/readyz` · `/metrics` · `/api/topology` · `/api/config` · `/`;
 //! `POST /api/confirm` · `/api/handoff` · `/api/drain`
@@ -150,7 +150,7 @@ impl Admin {
         let confirmed = Confirmed { cluster: Arc::clone(cluster), node: Arc::clone(&node.name) };
         match self.confirm.try_send(confirmed) {
             Ok(()) => text(StatusCode::ACCEPTED, "text/plain", "confirmed\n".into()),
-            Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "busy, or about to stop"),
+            Err(_) => busy(),
         }
     }
 
@@ -167,30 +167,26 @@ impl Admin {
         let (answer, answered) = oneshot::channel();
         let node = |name| parameter(request, name).map(ToOwned::to_owned);
         let asked = Asked::HandOver { cluster, from: node("from"), to: node("to"), answer };
-        let answer = match self.ask(asked) {
-            Ok(()) => answered.await,
-            Err(busy) => return busy,
-        };
-        match answer {
+        if !self.ask(asked) {
+            return busy();
+        }
+        match answered.await {
             Ok(Answer { status, body }) => json(status, &body),
-            Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "busy, or about to stop"),
+            Err(_) => busy(),
         }
     }
 
     fn drain(&self) -> Response<Full<Bytes>> {
-        match self.ask(Asked::Drain) {
-            Err(_) if self.draining.load(Ordering::Relaxed) => {
-                json(StatusCode::ACCEPTED, &json!({ "outcome": "draining" }))
-            }
-            Ok(()) => json(StatusCode::ACCEPTED, &json!({ "outcome": "draining" })),
-            Err(busy) => busy,
+        if self.draining.load(Ordering::Relaxed) || self.ask(Asked::Drain) {
+            json(StatusCode::ACCEPTED, &json!({ "outcome": "draining" }))
+        } else {
+            busy()
         }
     }
 
-    fn ask(&self, asked: Asked) -> Result<(), Response<Full<Bytes>>> {
-        let taken = !self.draining.load(Ordering::Relaxed) && self.ask.try_send(asked).is_ok();
-        let busy = || problem(StatusCode::SERVICE_UNAVAILABLE, "busy, or about to stop");
-        taken.then_some(()).ok_or_else(busy)
+    /// Whether somebody will see to it.
+    fn ask(&self, asked: Asked) -> bool {
+        !self.draining.load(Ordering::Relaxed) && self.ask.try_send(asked).is_ok()
     }
 
     async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
@@ -339,6 +335,10 @@ fn text(status: StatusCode, kind: &'static str, body: String) -> Response<Full<B
 
 fn json(status: StatusCode, value: &Value) -> Response<Full<Bytes>> {
     text(status, "application/json", format!("{value:#}\n"))
+}
+
+fn busy() -> Response<Full<Bytes>> {
+    problem(StatusCode::SERVICE_UNAVAILABLE, "busy, or about to stop")
 }
 
 fn problem(status: StatusCode, detail: &str) -> Response<Full<Bytes>> {

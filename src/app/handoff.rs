@@ -171,7 +171,8 @@ impl HandOver {
         let (from, to) = (&plan.from.name, &plan.to.name);
         match &result {
             Ok(()) => {
-                tracing::info!(cluster = %name, %from, %to, held, took = ?now.elapsed(), "handed over")
+                let took = now.elapsed();
+                tracing::info!(cluster = %name, %from, %to, held, ?took, "handed over");
             }
             Err((step, why)) => {
                 tracing::error!(cluster = %name, %from, %to, held, step, why, "hand-over failed: writes go on");

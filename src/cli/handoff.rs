@@ -55,7 +55,7 @@ impl Handoff {
             let wishes = [("cluster", &self.cluster), ("from", &self.from), ("to", &self.to)];
             for (key, value) in wishes {
                 if let Some(value) = value {
-                    target += &format!("{key}={value}&");
+                    target.extend([key, "=", value, "&"]);
                 }
             }
             let target = target.trim_end_matches(['&', '?']);

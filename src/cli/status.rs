@@ -48,9 +48,9 @@ fn page(name: &str, cluster: &Value) -> String {
     let flag = |value: &Value, key| value.get(key).and_then(Value::as_bool) == Some(true);
     let number = |key| cluster.get(key).and_then(Value::as_u64).unwrap_or(0);
     let mut page = format!("cluster {name}: ");
-    page += &match cluster.get("primary").and_then(Value::as_str) {
-        Some(primary) => format!("primary {primary}"),
-        None => format!("no primary ({})", text(cluster, "no_primary_because")),
+    let _ = match cluster.get("primary").and_then(Value::as_str) {
+        Some(primary) => write!(page, "primary {primary}"),
+        None => write!(page, "no primary ({})", text(cluster, "no_primary_because")),
     };
     let _ = write!(page, ", term {}, {} held", number("term"), number("held"));
     for (key, word) in [("handing_over", "handing over"), ("stale", "members stale")] {

@@ -116,7 +116,9 @@ mod tests {
 
     fn positions(process: u64, databases: &[(&str, Position)]) -> Positions {
         let mut all = Positions::of(Some(process));
-        databases.iter().for_each(|(name, position)| all.set(name, *position, Instant::now()));
+        for (name, position) in databases {
+            all.set(name, *position, Instant::now());
+        }
         all
     }
 

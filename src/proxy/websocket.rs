@@ -81,10 +81,13 @@ impl Frames {
     }
 
     fn payload_len(&self) -> u64 {
-        let [_, second, a, b, c, d, e, f, g, h, ..] = self.header;
+        let [_, second, rest @ ..] = self.header;
+        let number = |bytes: usize| {
+            rest.iter().take(bytes).fold(0, |number, byte| number << 8 | u64::from(*byte))
+        };
         match second & 0x7f {
-            126 => u64::from(u16::from_be_bytes([a, b])),
-            127 => u64::from_be_bytes([a, b, c, d, e, f, g, h]),
+            126 => number(2),
+            127 => number(8),
             short => u64::from(short),
         }
     }
@@ -108,11 +111,11 @@ mod tests {
         match payload {
             0..126 => frame.push(mask | u8::try_from(payload).unwrap()),
             126..0x1_0000 => {
-                frame.push(mask | 126);
+                frame.push(mask + 126);
                 frame.extend(u16::try_from(payload).unwrap().to_be_bytes());
             }
             _ => {
-                frame.push(mask | 127);
+                frame.push(mask + 127);
                 frame.extend((payload as u64).to_be_bytes());
             }
         }

@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Arc, LazyLock,
+        Arc, OnceLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -22,15 +22,6 @@ use super::position::{Database, Positions};
 const ACKNOWLEDGED: usize = 4096;
 /// How many bits of a remembered acknowledgement are the number; the rest tells the database.
 const TXID_BITS: u32 = 60;
-
-/// What [`Progress`] counts time from, in a number.
-static BEGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
-
-fn millis(at: Instant) -> u64 {
-    let since = at.saturating_duration_since(*BEGIN).as_millis();
-    // Half a billion years fit.
-    u64::try_from(since).unwrap_or(u64::MAX - 1)
-}
 
 /// Rung when any node of a cluster gets on, if anybody waits.
 #[derive(Debug)]
@@ -98,7 +89,8 @@ pub struct Progress {
     ask: Notify,
     /// The readings that are answered, and the last answer.
     answered: watch::Sender<(u64, Option<Arc<Positions>>)>,
-    /// When the node last spoke, in milliseconds since [`BEGIN`], plus one. Zero: it never did.
+    /// When the node first spoke, and for how many milliseconds it has gone on since.
+    first_heard: OnceLock<Instant>,
     heard: AtomicU64,
     /// What was acknowledged to clients last, in a ring.
     acknowledged: Box<[AtomicU64]>,
@@ -113,6 +105,7 @@ impl Default for Progress {
             asked: AtomicU64::new(0),
             ask: Notify::new(),
             answered: watch::Sender::new((0, None)),
+            first_heard: OnceLock::new(),
             heard: AtomicU64::new(0),
             acknowledged: (0..ACKNOWLEDGED).map(|_| AtomicU64::new(0)).collect(),
             next: AtomicUsize::new(0),
@@ -144,13 +137,17 @@ impl Progress {
 
     /// The node spoke.
     pub fn heard(&self, now: Instant) {
-        self.heard.store(millis(now) + 1, Ordering::Relaxed);
+        let first = *self.first_heard.get_or_init(|| now);
+        let since = now.saturating_duration_since(first).as_millis();
+        // Half a billion years fit.
+        self.heard.store(u64::try_from(since).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     /// How long it has not spoken. `None`: it never did.
     pub fn silent(&self, now: Instant) -> Option<Duration> {
-        let heard = self.heard.load(Ordering::Relaxed).checked_sub(1)?;
-        Some(Duration::from_millis(millis(now).saturating_sub(heard)))
+        let first = *self.first_heard.get()?;
+        let last = Duration::from_millis(self.heard.load(Ordering::Relaxed));
+        Some(now.saturating_duration_since(first).saturating_sub(last))
     }
 
     /// Asks for a reading that begins after this call. At most one runs at a time, and everybody
@@ -255,6 +252,18 @@ mod tests {
         listening.rung().await;
         drop(listening);
         assert_eq!(cell.bell().waiting(), 0);
+    }
+
+    #[test]
+    fn silence_is_counted_from_the_last_word() {
+        let (cell, start) = (cell(), Instant::now());
+        let second = |n| start + Duration::from_secs(n);
+        assert_eq!(cell.silent(start), None, "it never spoke");
+        cell.heard(start);
+        cell.heard(second(3));
+        assert_eq!(cell.silent(second(3)), Some(Duration::ZERO));
+        assert_eq!(cell.silent(second(5)), Some(Duration::from_secs(2)));
+        assert_eq!(cell.silent(second(1)), Some(Duration::ZERO), "a clock read earlier");
     }
 
     #[test]
