@@ -186,12 +186,12 @@ mod tests {
         /// write that is in the last primary's history is never called uncommitted.
         #[test]
         fn what_survived_is_never_called_uncommitted(
-            sent in 0_u64..20, stale in 0_u64..3, ran in any::<bool>(), late in 0_u64..4,
+            sent in 1_u64..20, stale in 0_u64..3, ran in any::<bool>(), late in 0_u64..4,
             kept in 0_u64..30, known in any::<bool>(), further in 0_u64..3,
         ) {
             // The primary was at `sent`, of which its feed knew all but `stale`; the write, if it
             // ran, became a transaction after `late` others, and the next primary kept some.
-            let knew = sent.saturating_sub(stale).max(1);
+            let knew = sent.saturating_sub(stale).max(1).min(sent);
             let write = sent + late + 1;
             let end = if ran { write + further } else { sent + late };
             let start = kept.min(end).max(1);
