@@ -23,7 +23,8 @@ pub(crate) struct Contender {
     pub(crate) name: &'static str,
     /// The configuration's name under `benches/load/proxies`.
     pub(crate) file: &'static str,
-    /// With `@port@`, `@upstream_port@` and `@directory@`.
+    /// With `@port@`, `@directory@` and, where it has one, `@admin_port@`, beside what the caller
+    /// fills in.
     template: &'static str,
     /// What prints its version, on whichever stream.
     version: &'static [&'static str],
@@ -55,6 +56,17 @@ pub(crate) const CONTENDERS: &[Contender] = &[
         run: &["-db", "-f"],
     },
 ];
+
+/// litegate with the given `consistency.mode`, before three nodes.
+pub(crate) const fn consistency(mode: &'static str) -> Contender {
+    Contender {
+        name: mode,
+        file: "consistency.toml",
+        template: include_str!("../proxies/consistency.toml"),
+        version: &["--version"],
+        run: &["run", "--config"],
+    }
+}
 
 /// To whom the others are compared.
 pub(crate) const PEER: &str = "haproxy";
@@ -102,6 +114,16 @@ impl Contender {
         upstream: SocketAddr,
         cores: Cores,
     ) -> Result<Running, Failure> {
+        self.start_with(program, &[("@upstream_port@", &upstream.port().to_string())], cores)
+    }
+
+    /// The same, with what goes where in its configuration.
+    pub(crate) fn start_with(
+        &self,
+        program: &Path,
+        filled: &[(&str, &str)],
+        cores: Cores,
+    ) -> Result<Running, Failure> {
         let directory = std::env::temp_dir().join(format!(
             "litegate-load-{}-{}",
             std::process::id(),
@@ -109,13 +131,21 @@ impl Contender {
         ));
         fs::create_dir_all(&directory)?;
         // Free a moment ago: whoever takes it in between makes the start fail, and loudly.
-        let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+        let [port, admin] = {
+            let bound =
+                [TcpListener::bind(("127.0.0.1", 0))?, TcpListener::bind(("127.0.0.1", 0))?];
+            let [port, admin] = &bound;
+            [port.local_addr()?, admin.local_addr()?]
+        };
         let config = directory.join(self.file);
-        let text = self
+        let mut text = self
             .template
-            .replace("@port@", &port.to_string())
-            .replace("@upstream_port@", &upstream.port().to_string())
+            .replace("@port@", &port.port().to_string())
+            .replace("@admin_port@", &admin.port().to_string())
             .replace("@directory@", &directory.to_string_lossy());
+        for (place, with) in filled {
+            text = text.replace(place, with);
+        }
         fs::write(&config, text)?;
         let log = directory.join("log");
 
@@ -130,8 +160,7 @@ impl Contender {
             .spawn();
         machine::pin(cores.load)?;
 
-        let address = SocketAddr::from(([127, 0, 0, 1], port));
-        let running = Running { name: self.name, address, child: child?, directory };
+        let running = Running { name: self.name, address: port, admin, child: child?, directory };
         running.check().map_err(|failure| {
             let log = fs::read_to_string(&log).unwrap_or_default();
             format!("{} does not serve: {failure}\n{log}", self.name)
@@ -145,6 +174,8 @@ impl Contender {
 pub(crate) struct Running {
     pub(crate) name: &'static str,
     pub(crate) address: SocketAddr,
+    /// Where litegate's metrics are.
+    pub(crate) admin: SocketAddr,
     child: Child,
     directory: PathBuf,
 }

@@ -54,7 +54,11 @@ pub(crate) struct Clients {
     epoll: OwnedFd,
     address: SocketAddr,
     connections: Vec<Connection>,
-    request: Vec<u8>,
+    /// What they ask: each of them its own, or in turn.
+    requests: Vec<Vec<u8>>,
+    /// Whether a client goes on to the next request each time.
+    in_turn: bool,
+    asked: usize,
     /// Bytes of the expected answer's body.
     download: usize,
     buffer: Vec<u8>,
@@ -64,6 +68,8 @@ pub(crate) struct Clients {
 struct Connection {
     stream: TcpStream,
     reader: Reader,
+    /// Which of the requests it asks.
+    request: usize,
     /// How much of the request the socket has taken; `None` when all of it, or nothing is asked.
     sent: Option<usize>,
     /// Since when the request under way has been due.
@@ -91,11 +97,23 @@ enum Turn {
 impl Clients {
     /// Connects them all.
     pub(crate) fn connect(address: SocketAddr, workload: &Workload) -> Result<Self, Failure> {
+        Self::with(address, workload, vec![workload.request()], false)
+    }
+
+    /// Clients that ask different things of the same workload.
+    pub(crate) fn with(
+        address: SocketAddr,
+        workload: &Workload,
+        requests: Vec<Vec<u8>>,
+        in_turn: bool,
+    ) -> Result<Self, Failure> {
         let mut clients = Self {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             address,
             connections: Vec::with_capacity(workload.clients),
-            request: workload.request(),
+            requests,
+            in_turn,
+            asked: 0,
             download: workload.download,
             buffer: vec![0; 256 * 1024],
             errors: 0,
@@ -114,12 +132,15 @@ impl Clients {
         let data = epoll::EventData::new_u64(key as u64);
         epoll::add(&self.epoll, &stream, data, epoll::EventFlags::IN)?;
         let reader = Reader::default();
-        Ok(Connection { stream, reader, sent: None, due: None, for_room: false })
+        Ok(Connection { stream, reader, request: key, sent: None, due: None, for_room: false })
     }
 
     /// Sends a request on an idle connection.
     fn ask(&mut self, key: usize, due: Instant) -> Result<(), Failure> {
         if let Some(connection) = self.connections.get_mut(key) {
+            let place = if self.in_turn { self.asked } else { key };
+            connection.request = place % self.requests.len().max(1);
+            self.asked = self.asked.wrapping_add(1);
             connection.sent = Some(0);
             connection.due = Some(due);
         }
@@ -129,7 +150,8 @@ impl Clients {
     /// Does what an event allows; returns the request that is over with it.
     fn turn(&mut self, key: usize, readable: bool) -> Result<Option<Over>, Failure> {
         let Some(connection) = self.connections.get_mut(key) else { return Ok(None) };
-        let turn = connection.turn(readable, &self.request, self.download, &mut self.buffer);
+        let request = self.requests.get(connection.request).map(Vec::as_slice).unwrap_or_default();
+        let turn = connection.turn(readable, request, self.download, &mut self.buffer);
         let for_room = connection.sent.is_some();
         if for_room != connection.for_room && !matches!(turn, Turn::Broken) {
             connection.for_room = for_room;

@@ -98,11 +98,21 @@ impl Tree {
     /// same sum, split in two and cut to hundredths of a second. A thread that ends between two
     /// readings would be missed, but none of the proxies ends a thread under load.
     pub(crate) fn cpu(&self) -> Result<Duration, Failure> {
+        self.cpu_of(None)
+    }
+
+    /// The same of the threads of that name alone.
+    pub(crate) fn cpu_of(&self, thread: Option<&str>) -> Result<Duration, Failure> {
         let mut nanoseconds = 0;
         for pid in &self.0 {
             for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-                let path = task?.path().join("schedstat");
-                let text = fs::read_to_string(&path)?;
+                let path = task?.path();
+                if let Some(name) = thread
+                    && fs::read_to_string(path.join("comm"))?.trim_end() != name
+                {
+                    continue;
+                }
+                let text = fs::read_to_string(path.join("schedstat"))?;
                 let first = text.split_ascii_whitespace().next().and_then(|n| n.parse().ok());
                 nanoseconds += first.unwrap_or(0);
             }

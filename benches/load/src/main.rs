@@ -5,6 +5,7 @@
 #![expect(clippy::disallowed_methods, reason = "a bench measures with the real clock")]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "its output is what it is for")]
 
+mod consistency;
 mod contender;
 mod generator;
 mod machine;
@@ -34,18 +35,31 @@ pub(crate) type Failure = Box<dyn std::error::Error>;
 /// litegate's own directory: the bench runs from anywhere in it.
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 const RESULTS: &str = "benches/load/RESULTS.md";
+const CONSISTENCY: &str = "benches/load/RESULTS-consistency.md";
 /// The fewest rounds of which a median is worth committing.
 const ROUNDS: usize = 5;
 const IDLE_CONNECTIONS: usize = 3_000;
 /// litegate takes a connection's machinery down after a second of quiet, checked once a second.
 const QUIET: Duration = Duration::from_secs(3);
 
+/// What a run measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// litegate beside nginx and HAProxy
+    Proxies,
+    /// What tokens, the feed of positions and held writes cost
+    Consistency,
+}
+
 /// Measures litegate beside nginx and HAProxy under the same load.
 ///
-/// A whole run (no option that leaves something out) writes benches/load/RESULTS.md; every run
-/// prints its results.
+/// A whole run (no option that leaves something out) writes benches/load/RESULTS.md, or
+/// RESULTS-consistency.md with `--part consistency`; every run prints its results.
 #[derive(Debug, Parser)]
 struct Options {
+    /// What to measure
+    #[arg(long, value_enum, default_value_t = Part::Proxies)]
+    part: Part,
     /// Rounds of each proxy
     #[arg(long, default_value_t = ROUNDS)]
     rounds: usize,
@@ -90,12 +104,12 @@ fn run(options: &Options) -> Result<u64, Failure> {
             "an unoptimised build measures itself: `cargo run --release -p litegate-load`".into()
         );
     }
+    if options.part == Part::Consistency {
+        return consistency(options);
+    }
     let workloads = chosen(WORKLOADS, |workload| workload.name, &options.workload)?;
     let contenders = chosen(CONTENDERS, |contender| contender.name, &options.only)?;
-    let litegate = match &options.litegate {
-        Some(path) => path.canonicalize()?,
-        None => build()?,
-    };
+    let litegate = litegate(options)?;
     let programs: Vec<(&Contender, PathBuf)> = contenders
         .into_iter()
         .map(|contender| Ok((contender, contender.program(&litegate)?)))
@@ -103,12 +117,7 @@ fn run(options: &Options) -> Result<u64, Failure> {
 
     let mut results = Results { header: header(options, &programs)?, ..Results::default() };
     let cores = Cores::find()?;
-    results.header.push(format!(
-        "the proxies on core {}, clients and upstream on core {}, of {}",
-        cores.proxy.0,
-        cores.load.0,
-        machine::processor()
-    ));
+    results.header.push(placed(cores));
     machine::pin(cores.load)?;
     machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
 
@@ -128,14 +137,66 @@ fn run(options: &Options) -> Result<u64, Failure> {
     }
 
     let page = results.markdown(PEER);
-    println!("{page}");
-    if is_whole(options) {
-        std::fs::write(Path::new(ROOT).join(RESULTS), page)?;
-        eprintln!("written to {RESULTS}");
-    } else {
-        eprintln!("not written to {RESULTS}: this was not a whole run");
-    }
+    publish(&page, RESULTS, is_whole(options))?;
     Ok(results.errors())
+}
+
+/// What consistency costs. Returns the number of errors.
+fn consistency(options: &Options) -> Result<u64, Failure> {
+    if !options.workload.is_empty() || !options.only.is_empty() {
+        return Err("`--part consistency` measures litegate alone, and all of it".into());
+    }
+    let litegate = litegate(options)?;
+    let version = contender::consistency("token").version(&litegate)?;
+    let cores = Cores::find()?;
+    let header = vec![
+        "`cargo run --release -p litegate-load -- --part consistency` (see [docs/benchmarks.md](../../docs/benchmarks.md))"
+            .to_owned(),
+        format!("{version}, with [proxies/consistency.toml](proxies/consistency.toml)"),
+        paced(options),
+        placed(cores),
+    ];
+    machine::pin(cores.load)?;
+    machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
+    let span = Duration::try_from_secs_f64(options.seconds)?;
+    let rounds = consistency::Rounds { count: options.rounds, span };
+    let (page, wrong) = consistency::run(&litegate, cores, rounds, header)?;
+    let is_whole = options.rounds >= ROUNDS && options.seconds >= 1.0;
+    publish(&page, CONSISTENCY, is_whole && wrong == 0)?;
+    Ok(wrong)
+}
+
+/// Prints the results, and keeps them where they are worth it.
+fn publish(page: &str, file: &str, is_worth_it: bool) -> Result<(), Failure> {
+    println!("{page}");
+    if is_worth_it {
+        std::fs::write(Path::new(ROOT).join(file), page)?;
+        eprintln!("written to {file}");
+    } else {
+        eprintln!("not written to {file}: this was not a whole run");
+    }
+    Ok(())
+}
+
+fn litegate(options: &Options) -> Result<PathBuf, Failure> {
+    match &options.litegate {
+        Some(path) => Ok(path.canonicalize()?),
+        None => build(),
+    }
+}
+
+fn placed(cores: Cores) -> String {
+    format!(
+        "the proxies on core {}, clients and upstream on core {}, of {}",
+        cores.proxy.0,
+        cores.load.0,
+        machine::processor()
+    )
+}
+
+fn paced(options: &Options) -> String {
+    let Options { rounds, seconds, .. } = options;
+    format!("{rounds} rounds of {seconds} s, interleaved; {}", machine::kernel())
 }
 
 /// Those that were named, or all of them.
@@ -186,12 +247,7 @@ fn header(options: &Options, programs: &[(&Contender, PathBuf)]) -> Result<Vec<S
         let (version, file) = (contender.version(program)?, contender.file);
         lines.push(format!("{version}, with [proxies/{file}](proxies/{file})"));
     }
-    lines.push(format!(
-        "{} rounds of {} s, interleaved; {}",
-        options.rounds,
-        options.seconds,
-        machine::kernel()
-    ));
+    lines.push(paced(options));
     Ok(lines)
 }
 

@@ -64,7 +64,7 @@ impl Spread {
     }
 
     /// With this many digits after the point.
-    fn show(self, digits: usize) -> String {
+    pub(crate) fn show(self, digits: usize) -> String {
         let Self { median, min, max } = self;
         format!("{median:.digits$} ({min:.digits$} to {max:.digits$})")
     }

@@ -37,6 +37,15 @@ pub(crate) struct Upstream {
 impl Upstream {
     /// Answers `/<n>` with a body of `n` bytes, for each of `sizes`.
     pub(crate) fn start(core: Core, sizes: &[usize]) -> Result<Self, Failure> {
+        Self::with(core, sizes, None)
+    }
+
+    /// The same, where answers to POST get fields of their own.
+    pub(crate) fn with(
+        core: Core,
+        sizes: &[usize],
+        on_write: Option<OnWrite>,
+    ) -> Result<Self, Failure> {
         let listener = TcpListener::bind(("127.0.0.1", 0))?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
@@ -44,7 +53,8 @@ impl Upstream {
         let mut serving = Serving {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             connections: Vec::new(),
-            answers: sizes.iter().map(|&size| (size, response(&vec![b'x'; size]))).collect(),
+            answers: sizes.iter().map(|&size| (size, response("", &vec![b'x'; size]))).collect(),
+            on_write,
             buffer: vec![0; 256 * 1024],
         };
         let stopped = Arc::clone(&stop);
@@ -67,11 +77,14 @@ impl Drop for Upstream {
     }
 }
 
+/// Called for each write; returns lines for the head of its answer.
+pub(crate) type OnWrite = Box<dyn Fn() -> String + Send>;
+
 /// What an app behind a proxy would send, `Date` and all.
-fn response(body: &[u8]) -> Vec<u8> {
+fn response(fields: &str, body: &[u8]) -> Vec<u8> {
     let mut response = format!(
         "HTTP/1.1 200 OK\r\nServer: upstream\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\n\
-         Content-Type: text/plain\r\nContent-Length: {}\r\n\r\n",
+         Content-Type: text/plain\r\n{fields}Content-Length: {}\r\n\r\n",
         body.len()
     )
     .into_bytes();
@@ -84,6 +97,7 @@ struct Serving {
     /// By the key that epoll hands back.
     connections: Vec<Option<Connection>>,
     answers: Vec<(usize, Vec<u8>)>,
+    on_write: Option<OnWrite>,
     buffer: Vec<u8>,
 }
 
@@ -99,7 +113,7 @@ struct Connection {
 enum Answer {
     /// One of those made beforehand.
     Made(usize),
-    Echo(Vec<u8>),
+    Own(Vec<u8>),
 }
 
 const LISTENER: u64 = u64::MAX;
@@ -138,7 +152,7 @@ impl Serving {
             let connection = Some(Connection {
                 stream,
                 reader: Reader::default(),
-                answer: Answer::Echo(Vec::new()),
+                answer: Answer::Own(Vec::new()),
                 sent: None,
             });
             match self.connections.get_mut(key) {
@@ -152,7 +166,7 @@ impl Serving {
         let Some(place) = self.connections.get_mut(key) else { return Ok(()) };
         let Some(connection) = place.as_mut() else { return Ok(()) };
         let was_sending = connection.sent.is_some();
-        if !connection.turn(&mut self.buffer, &self.answers) {
+        if !connection.turn(&mut self.buffer, &self.answers, self.on_write.as_ref()) {
             // Closing the socket takes it out of epoll.
             *place = None;
             return Ok(());
@@ -169,7 +183,12 @@ impl Serving {
 
 impl Connection {
     /// Does what can be done now; `false` when the connection is over.
-    fn turn(&mut self, buffer: &mut [u8], answers: &[(usize, Vec<u8>)]) -> bool {
+    fn turn(
+        &mut self,
+        buffer: &mut [u8],
+        answers: &[(usize, Vec<u8>)],
+        on_write: Option<&OnWrite>,
+    ) -> bool {
         if self.sent.is_some() {
             return self.send(answers);
         }
@@ -182,11 +201,15 @@ impl Connection {
         let fed = reader.feed(buffer.get(..read).unwrap_or_default(), |head, _| {
             let target = head.split(|byte| *byte == b' ').nth(1).unwrap_or_default();
             *answer = if target == ECHO.as_bytes() {
-                Answer::Echo(response(head))
+                Answer::Own(response("", head))
             } else {
                 let size = number(target.get(1..).unwrap_or_default());
                 let made = answers.iter().position(|(of, _)| *of == size);
-                Answer::Made(made.ok_or(Fault::Refused)?)
+                let made = made.ok_or(Fault::Refused)?;
+                match on_write.filter(|_| head.starts_with(b"POST ")) {
+                    Some(on_write) => Answer::Own(response(&on_write(), &vec![b'x'; size])),
+                    None => Answer::Made(made),
+                }
             };
             Ok(())
         });
@@ -204,7 +227,7 @@ impl Connection {
     fn send(&mut self, answers: &[(usize, Vec<u8>)]) -> bool {
         let bytes = match &self.answer {
             Answer::Made(made) => answers.get(*made).map(|(_, bytes)| bytes),
-            Answer::Echo(bytes) => Some(bytes),
+            Answer::Own(bytes) => Some(bytes),
         };
         let bytes = bytes.map(Vec::as_slice).unwrap_or_default();
         let sent = self.sent.unwrap_or_default();

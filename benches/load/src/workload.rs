@@ -1,5 +1,7 @@
 //! What is asked of the proxies: a table. A row more is a workload more.
 
+use crate::Failure;
+
 /// One kind of request, asked by many clients again and again.
 #[derive(Debug)]
 pub(crate) struct Workload {
@@ -42,15 +44,26 @@ pub(crate) const WORKLOADS: &[Workload] = &[
 ];
 
 impl Workload {
+    /// The row of that name.
+    pub(crate) fn named(name: &str) -> Result<&'static Self, Failure> {
+        let row = WORKLOADS.iter().find(|workload| workload.name == name);
+        row.ok_or_else(|| format!("there is no workload `{name}`").into())
+    }
+
     /// The bytes of one request.
     pub(crate) fn request(&self) -> Vec<u8> {
+        self.request_with("")
+    }
+
+    /// The same with more fields, each with its line's end.
+    pub(crate) fn request_with(&self, more: &str) -> Vec<u8> {
         let (method, body) = match self.upload {
             0 => ("GET", String::new()),
             size => ("POST", format!("Content-Type: text/plain\r\nContent-Length: {size}\r\n")),
         };
         let mut request = format!(
             "{method} /{} HTTP/1.1\r\nHost: abaci.one\r\nUser-Agent: litegate-load\r\n\
-             Accept: */*\r\nAccept-Encoding: gzip\r\n{body}{}\r\n",
+             Accept: */*\r\nAccept-Encoding: gzip\r\n{body}{}{more}\r\n",
             self.download, self.fields
         )
         .into_bytes();
