@@ -577,6 +577,7 @@ fn is_observed_alike(a: &config::cluster::Cluster, b: &config::cluster::Cluster)
         && a.soft_lag == b.soft_lag
         && a.tripwire == b.tripwire
         && a.prefer == b.prefer
+        && a.send_proxy == b.send_proxy
 }
 
 fn observe(

@@ -21,7 +21,7 @@ use tokio::{
 use crate::{
     config::{Config, listener::Listener},
     proxy::{Client, Parts, Proxy, Shared},
-    server::{self, Accepting, Conn, Limits, Origin, Refusal, drain},
+    server::{self, Accepting, Conn, Door, Limits, Origin, Refusal, drain},
     telemetry::{access_log::Sink, metrics::Metrics},
 };
 
@@ -181,6 +181,10 @@ impl Gate {
 impl server::Service for Gate {
     type Body = crate::proxy::ResponseBody;
     type Client = Client;
+
+    fn door(&self, origin: &Origin) -> Door {
+        self.current().door(origin)
+    }
 
     fn opened(&self, origin: Origin) -> Client {
         self.current().client(origin)

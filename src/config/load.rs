@@ -17,11 +17,11 @@ use super::{
     cluster::{
         Balance, Cluster, Consistency, Consul, DATABASES, Durability, Health, Hold, Lookup,
         Members, Mode, OnRequest, OnTimeout, Prefer, Reads, Replay, Retry, RoleSource, Secret,
-        StaticNode, Timeouts,
+        SendProxy, StaticNode, Timeouts,
     },
     diagnostic::{Diagnostic, Diagnostics, Place},
     limits::Limits,
-    listener::Listener,
+    listener::{Listener, ProxyProtocol},
     reader::{self, Entry, Faults, Kind, Section, Value},
     route::{Class, HeaderMatch, Host, Path as RoutePath, Route, Scope},
     server::{Drain, Server},
@@ -235,24 +235,25 @@ fn listener(mut section: Section) -> Option<Listener> {
             _ => section.wrong("protocols", &value, "\"http/1.1\"", None),
         }
     }
-    if let Some(value) = section.take("proxy_protocol") {
-        match &value.kind {
-            Kind::Text(word) if word == "off" => {}
-            _ => section.unsupported(
-                &value,
-                "the PROXY protocol",
-                "write proxy_protocol = \"off\" and use X-Forwarded-For with trusted_proxies",
-            ),
-        }
-    }
+    let introduced = [
+        ("off", ProxyProtocol::Off),
+        ("accept", ProxyProtocol::Accept),
+        ("require", ProxyProtocol::Require),
+    ];
+    let proxy_protocol = section.word("proxy_protocol", &introduced, ProxyProtocol::Off);
+    let proxy_protocol_from = section.texts("proxy_protocol_from", NETWORKS, network);
     if let Some(value) = section.take("tls") {
         section.unsupported(&value, "TLS", "end TLS in front of litegate and remove this");
     }
-    let trusted_proxies = section.texts("trusted_proxies", "networks like 10.42.0.0/16", |text| {
-        let single = text.parse::<IpAddr>().map(ipnet::IpNet::from);
-        text.parse().or(single).map_err(|_| "like \"10.42.0.0/16\"".to_owned())
-    });
-    Some(Listener { address: found?, trusted_proxies })
+    let trusted_proxies = section.texts("trusted_proxies", NETWORKS, network);
+    Some(Listener { address: found?, trusted_proxies, proxy_protocol, proxy_protocol_from })
+}
+
+const NETWORKS: &str = "networks like 10.42.0.0/16";
+
+fn network(text: &str) -> Result<ipnet::IpNet, String> {
+    let single = text.parse::<IpAddr>().map(ipnet::IpNet::from);
+    text.parse().or(single).map_err(|_| "like \"10.42.0.0/16\"".to_owned())
 }
 
 fn admin(mut section: Section) -> Option<Admin> {
@@ -333,6 +334,11 @@ fn cluster(name: &str, mut section: Section) -> Option<Cluster> {
         max_requests: section.count("max_requests", 1, 1024),
         max_pending: section.count("max_pending", 0, 1024),
         max_idle: section.count("max_idle", 0, 64),
+        send_proxy: section.word(
+            "send_proxy",
+            &[("off", SendProxy::Off), ("v1", SendProxy::V1), ("v2", SendProxy::V2)],
+            SendProxy::Off,
+        ),
         timeouts: timeouts(section.section("timeouts")),
         health: health(section.section("health")),
         retry: retry(section.section("retry")),
@@ -916,11 +922,7 @@ tiemout = "30s"
 
     #[test]
     fn what_comes_later_is_refused_rather_than_ignored() {
-        for (key, what) in [
-            ("protocols = [\"h2\"]", "HTTP/2"),
-            ("proxy_protocol = \"require\"", "PROXY"),
-            ("tls = {}", "TLS"),
-        ] {
+        for (key, what) in [("protocols = [\"h2\"]", "HTTP/2"), ("tls = {}", "TLS")] {
             let text = LEAST.replace("8080\"", &format!("8080\"\n{key}"));
             let faults = parsed(&text).unwrap_err();
             assert!(faults.contains(what) && faults.contains("not supported"), "{faults}");

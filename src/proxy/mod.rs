@@ -25,7 +25,7 @@ use self::{
 };
 pub use self::{causal::LastWrites, cluster::Shared, hold::Hold, relay::ResponseBody};
 use crate::{
-    config::{Config, listener::Listener},
+    config::{self, Config, cluster::SendProxy, listener::Listener},
     decide::{
         self, Attempt, Cause, Class, Demands, Ended, Failure, FailureKind, History, HoldFor,
         Problem, Wanted,
@@ -36,7 +36,8 @@ use crate::{
         route::Head,
         token::TokenRead,
     },
-    server::{Conn, Origin},
+    net::proxy_protocol::{self, Ends, Introduction},
+    server::{Conn, Door, Origin, ProxyProtocol},
     telemetry::{
         access_log::{Line, Sink, Tried},
         metrics::{HoldOutcome, ReplayOutcome, RetryRefusal, Shard},
@@ -79,6 +80,19 @@ pub struct Client {
     peer: Peer,
     origin: Origin,
     shard: Arc<Shard>,
+}
+
+impl Client {
+    /// How a connection to a node says that it is this client's.
+    fn introduction(&self, send: SendProxy) -> Option<Introduction> {
+        let version = match send {
+            SendProxy::Off => return None,
+            SendProxy::V1 => proxy_protocol::Version::V1,
+            SendProxy::V2 => proxy_protocol::Version::V2,
+        };
+        let (source, destination) = (self.origin.peer, self.origin.local);
+        Some(Introduction { version, ends: Some(Ends { source, destination }) })
+    }
 }
 
 impl Drop for Client {
@@ -139,6 +153,17 @@ impl Proxy {
         if let Some(log) = &self.log {
             log.flush();
         }
+    }
+
+    /// What is expected of whoever connects there.
+    pub fn door(&self, origin: &Origin) -> Door {
+        let Some(listener) = self.listeners.get(origin.listener) else { return Door::default() };
+        let proxy_protocol = match listener.proxy_protocol(origin.peer.ip()) {
+            config::listener::ProxyProtocol::Off => ProxyProtocol::Off,
+            config::listener::ProxyProtocol::Accept => ProxyProtocol::Accept,
+            config::listener::ProxyProtocol::Require => ProxyProtocol::Require,
+        };
+        Door { proxy_protocol }
     }
 
     /// A client connected.
@@ -670,6 +695,7 @@ impl Proxy {
         let this = Try {
             conn: walk.conn,
             upload: walk.upload.as_ref(),
+            speaks_for: walk.client.introduction(cluster.config.send_proxy),
             expects_continue,
             interim: walk.version == Version::HTTP_11,
             began,

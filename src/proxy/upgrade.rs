@@ -4,10 +4,11 @@ use std::{cell::Cell, io, pin::pin, time::Duration};
 
 use bytes::Bytes;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
-    net::TcpStream,
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, split},
     time::{Instant, sleep_until},
 };
+
+use crate::net::Stream;
 
 /// What is read at once in each direction.
 const BUFFER: usize = 8 << 10;
@@ -24,16 +25,16 @@ pub struct Carried {
 /// Carries bytes both ways. `from_client` and `from_node` were read before and go first. A side
 /// that ends its half lets the other finish. Ends after `idle` without a byte either way.
 pub async fn join(
-    mut client: TcpStream,
+    client: Stream,
     from_client: Bytes,
-    mut node: TcpStream,
+    node: Stream,
     from_node: Bytes,
     idle: Duration,
 ) -> Carried {
     let (up, down) = (Cell::new(0), Cell::new(0));
     let active = Cell::new(Instant::now());
-    let (client_read, client_write) = client.split();
-    let (node_read, node_write) = node.split();
+    let (client_read, client_write) = split(client);
+    let (node_read, node_write) = split(node);
     {
         let upward = pin!(carry(client_read, node_write, from_client, &up, &active));
         let downward = pin!(carry(node_read, client_write, from_node, &down, &active));
@@ -63,6 +64,7 @@ async fn carry(
     active: &Cell<Instant>,
 ) -> io::Result<()> {
     to.write_all(&first).await?;
+    to.flush().await?;
     carried.set(first.len() as u64);
     let mut buffer = vec![0; BUFFER];
     loop {
@@ -72,6 +74,7 @@ async fn carry(
         }
         active.set(Instant::now());
         to.write_all(buffer.get(..n).unwrap_or_default()).await?;
+        to.flush().await?;
         carried.set(carried.get() + n as u64);
         active.set(Instant::now());
     }

@@ -13,6 +13,7 @@ use std::{
     cell::{Cell, RefCell},
     fmt,
     future::{Future, poll_fn},
+    io,
     pin::{Pin, pin},
     rc::Rc,
     task::Poll,
@@ -28,7 +29,13 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{ClientFault, Limits, Origin, Refusal, Service, drain, io::ClientIo};
+use super::{
+    ClientFault, Door, Limits, Origin, ProxyProtocol, Refusal, Service, drain, io::ClientIo,
+};
+use crate::net::{
+    Stream,
+    proxy_protocol::{self, Parsed},
+};
 
 /// The longest time between two looks at an active connection's limits.
 const TICK: Duration = Duration::from_secs(1);
@@ -47,7 +54,7 @@ const INTERIM_WAITING: usize = 8;
 pub struct Abort;
 
 /// Runs the connection after a 101: gets the socket and what the client already sent.
-pub type Takeover = Box<dyn FnOnce(TcpStream, Bytes) -> Pin<Box<dyn Future<Output = ()>>>>;
+pub type Takeover = Box<dyn FnOnce(Stream, Bytes) -> Pin<Box<dyn Future<Output = ()>>>>;
 
 /// What a connection and the service that answers on it tell each other.
 pub struct Conn {
@@ -340,23 +347,39 @@ enum Stop {
 /// What remains of a connection that was active.
 enum Rest {
     /// It can be parked.
-    Park(TcpStream),
+    Park(Stream),
     /// Bytes had been read ahead: go on at once.
-    Again(TcpStream, Bytes),
+    Again(Stream, Bytes),
     /// It is over.
     Over,
 }
 
 /// Serves one connection to its end.
 pub(super) async fn run<S: Service + 'static>(
-    mut stream: TcpStream,
-    origin: Origin,
+    mut socket: TcpStream,
+    mut origin: Origin,
     service: Rc<S>,
     limits: Rc<Cell<Limits>>,
     drain: drain::Watch,
 ) {
-    let client = Rc::new(service.opened(origin));
+    let door = service.door(&origin);
     let mut ahead = Bytes::new();
+    if door.proxy_protocol != ProxyProtocol::Off {
+        // Boxed, so that other connections do not pay for the space.
+        match Box::pin(introduced(&mut socket, &mut origin, door, &limits, &drain)).await {
+            Introduced::As(bytes) => ahead = bytes,
+            Introduced::Gone => return,
+            Introduced::Wrong(detail) => {
+                let client = service.opened(origin);
+                let fault = ClientFault::Malformed;
+                let refusal = Refusal { fault, head: &[], detail: &detail, took: Duration::ZERO };
+                let answer = service.refused(&client, &refusal);
+                return Box::pin(linger(socket.into(), &answer)).await;
+            }
+        }
+    }
+    let client = Rc::new(service.opened(origin));
+    let mut stream = Stream::from(socket);
     let mut idle_since = Instant::now();
     loop {
         if ahead.is_empty() && !parked(&stream, idle_since, &limits, &drain).await {
@@ -373,9 +396,66 @@ pub(super) async fn run<S: Service + 'static>(
     }
 }
 
+/// How a load balancer introduced a client.
+enum Introduced {
+    /// Properly, or not at all where that is allowed; this was read beyond.
+    As(Bytes),
+    /// The connection ended, or was silent for too long.
+    Gone,
+    /// Not as it should.
+    Wrong(String),
+}
+
+/// Waits for the PROXY protocol's header, and believes it.
+async fn introduced(
+    socket: &mut TcpStream,
+    origin: &mut Origin,
+    door: Door,
+    limits: &Cell<Limits>,
+    drain: &drain::Watch,
+) -> Introduced {
+    if !parked(&*socket, Instant::now(), limits, drain).await {
+        return Introduced::Gone;
+    }
+    let limit = limits.get().header_read;
+    match tokio::time::timeout(limit, proxy_protocol::read(socket)).await {
+        Err(_elapsed) => Introduced::Gone,
+        Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
+            Introduced::Wrong(error.to_string())
+        }
+        Ok(Err(_)) => Introduced::Gone,
+        Ok(Ok((Parsed::Header(ends, _), ahead))) => {
+            if let Some(ends) = ends {
+                origin.peer = ends.source;
+                origin.local = ends.destination;
+            }
+            Introduced::As(ahead)
+        }
+        Ok(Ok((_, ahead))) if door.proxy_protocol == ProxyProtocol::Accept => Introduced::As(ahead),
+        Ok(Ok(_)) => Introduced::Wrong("this listener needs the PROXY protocol".to_owned()),
+    }
+}
+
+/// What a parked connection waits on.
+trait Readable {
+    async fn readable(&self) -> io::Result<()>;
+}
+
+impl Readable for TcpStream {
+    async fn readable(&self) -> io::Result<()> {
+        Self::readable(self).await
+    }
+}
+
+impl Readable for Stream {
+    async fn readable(&self) -> io::Result<()> {
+        Self::readable(self).await
+    }
+}
+
 /// Waits for the next request's first byte. Whether there is one.
 async fn parked(
-    stream: &TcpStream,
+    stream: &impl Readable,
     since: Instant,
     limits: &Cell<Limits>,
     drain: &drain::Watch,
@@ -394,7 +474,7 @@ async fn parked(
 }
 
 async fn active<S: Service + 'static>(
-    stream: TcpStream,
+    stream: Stream,
     ahead: Bytes,
     origin: Origin,
     client: &Rc<S::Client>,
@@ -492,7 +572,7 @@ async fn active<S: Service + 'static>(
                 linger(stream, &answer).await;
             } else if conn.reset.get() {
                 // Without this the close would look like the end of the body.
-                let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+                stream.reset_on_close();
             } else if conn.body_open.get() && result.is_ok() {
                 linger(stream, &[]).await;
             }
@@ -530,9 +610,10 @@ fn fault(error: &hyper::Error, unsaid: Option<u16>) -> Option<ClientFault> {
 /// Says the last words and lets a client that is still sending read them before the socket goes:
 /// closing with unread bytes makes the kernel send a reset, which may overtake the answer (RFC 9112
 /// section 9.6).
-async fn linger(mut stream: TcpStream, last_words: &[u8]) {
+async fn linger(mut stream: Stream, last_words: &[u8]) {
     let _ = tokio::time::timeout(LINGER, async {
         let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, last_words).await;
+        let _ = tokio::io::AsyncWriteExt::flush(&mut stream).await;
         let _ = tokio::io::AsyncWriteExt::shutdown(&mut stream).await;
         let mut scratch = vec![0; 16 << 10];
         let mut left = LINGER_BYTES;

@@ -17,6 +17,7 @@ pub mod drain;
 mod io;
 pub mod listener;
 
+pub use crate::net::proxy_protocol::ProxyProtocol;
 pub use accept::{Accepting, serve};
 pub use conn::{Abort, Conn, Takeover};
 pub use io::{ClientIo, write_vectored};
@@ -27,6 +28,9 @@ pub trait Service {
     type Body: http_body::Body<Data = Bytes, Error = Abort> + 'static;
     /// What the service knows of a client for as long as it is connected.
     type Client: 'static;
+
+    /// What is expected of whoever connects there.
+    fn door(&self, origin: &Origin) -> Door;
 
     /// A client connected. What this returns is dropped when the client is gone.
     fn opened(&self, origin: Origin) -> Self::Client;
@@ -43,6 +47,13 @@ pub trait Service {
     /// request to answer. For logs and counters; returns the whole answer as it goes over the
     /// wire, or nothing.
     fn refused(&self, client: &Self::Client, refusal: &Refusal<'_>) -> Bytes;
+}
+
+/// What is expected of whoever connects.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Door {
+    /// Whether a load balancer says first who the client is.
+    pub proxy_protocol: ProxyProtocol,
 }
 
 /// A connection that ends without a request.
@@ -95,8 +106,8 @@ pub struct Limits {
 pub struct Origin {
     /// Which listener, by the number that [`serve`] was given.
     pub listener: usize,
-    /// The client's end.
+    /// The client's end. What the PROXY protocol tells takes the place of the socket's.
     pub peer: SocketAddr,
-    /// Our end.
+    /// Our end, likewise.
     pub local: SocketAddr,
 }

@@ -7,6 +7,7 @@ mod http;
 mod leaving;
 mod metrics;
 mod process;
+mod proxy_protocol;
 mod reads;
 mod refusals;
 mod replays;
