@@ -21,7 +21,7 @@ use super::{
     },
     diagnostic::{Diagnostic, Diagnostics, Place},
     limits::Limits,
-    listener::{Listener, ProxyProtocol},
+    listener::{Certificate, ClientAuth, Listener, Protocols, ProxyProtocol, Tls},
     reader::{self, Entry, Faults, Kind, Section, Value},
     route::{Class, HeaderMatch, Host, Path as RoutePath, Route, Scope},
     server::{Drain, Server},
@@ -235,6 +235,7 @@ fn listener(mut section: Section) -> Option<Listener> {
             _ => section.wrong("protocols", &value, "\"http/1.1\"", None),
         }
     }
+    let protocols = Protocols { http1: true, h2: false };
     let introduced = [
         ("off", ProxyProtocol::Off),
         ("accept", ProxyProtocol::Accept),
@@ -242,11 +243,47 @@ fn listener(mut section: Section) -> Option<Listener> {
     ];
     let proxy_protocol = section.word("proxy_protocol", &introduced, ProxyProtocol::Off);
     let proxy_protocol_from = section.texts("proxy_protocol_from", NETWORKS, network);
-    if let Some(value) = section.take("tls") {
-        section.unsupported(&value, "TLS", "end TLS in front of litegate and remove this");
-    }
+    let tls = section.take("tls").map(|value| tls(section.table("listener.tls", "tls", value)));
     let trusted_proxies = section.texts("trusted_proxies", NETWORKS, network);
-    Some(Listener { address: found?, trusted_proxies, proxy_protocol, proxy_protocol_from })
+    Some(Listener {
+        address: found?,
+        trusted_proxies,
+        protocols,
+        tls,
+        proxy_protocol,
+        proxy_protocol_from,
+    })
+}
+
+fn tls(mut section: Section) -> Tls {
+    let mut certificates = Vec::new();
+    for value in section.list("certificates") {
+        let mut table = section.table("listener.tls.certificates", "certificates", value);
+        match (table.text("certificate"), table.text("key")) {
+            (Some(certificate), Some(key)) => {
+                certificates.push(Certificate { certificate: certificate.into(), key: key.into() });
+            }
+            (None, _) => table.missing("certificate", "the PEM file of the chain"),
+            (_, None) => table.missing("key", "the PEM file of the private key"),
+        }
+    }
+    if certificates.is_empty() {
+        section.missing(
+            "certificates",
+            "like certificates = [{ certificate = \"tls.crt\", key = \"tls.key\" }]",
+        );
+    }
+    let client_ca = section.text("client_ca").map(Into::into);
+    let words = [
+        ("off", ClientAuth::Off),
+        ("optional", ClientAuth::Optional),
+        ("required", ClientAuth::Required),
+    ];
+    let client_auth = section.word("client_auth", &words, ClientAuth::Off);
+    if client_auth != ClientAuth::Off && client_ca.is_none() {
+        section.missing("client_ca", "the PEM file of who signs clients' certificates");
+    }
+    Tls { certificates, client_ca, client_auth }
 }
 
 const NETWORKS: &str = "networks like 10.42.0.0/16";
@@ -291,6 +328,8 @@ fn limits(mut section: Section) -> Limits {
         body_idle: section.duration("body_idle", secs(30)),
         connections: section.count("connections", 1, 20_000),
         replay_bytes: section.size("replay_bytes", 64 << 20),
+        tls_handshake: section.duration("tls_handshake", secs(10)),
+        tls_handshakes: section.count("tls_handshakes", 1, 512),
     }
 }
 
@@ -922,7 +961,7 @@ tiemout = "30s"
 
     #[test]
     fn what_comes_later_is_refused_rather_than_ignored() {
-        for (key, what) in [("protocols = [\"h2\"]", "HTTP/2"), ("tls = {}", "TLS")] {
+        for (key, what) in [("protocols = [\"h2\"]", "HTTP/2")] {
             let text = LEAST.replace("8080\"", &format!("8080\"\n{key}"));
             let faults = parsed(&text).unwrap_err();
             assert!(faults.contains(what) && faults.contains("not supported"), "{faults}");

@@ -4,6 +4,7 @@
 //! An enum rather than a type parameter or a box: a clear-text connection pays a comparison of a
 //! byte for each read and write, and everything above stays one copy of code.
 
+pub mod pem;
 pub mod proxy_protocol;
 
 use std::{

@@ -16,6 +16,7 @@ use std::{
     io,
     pin::{Pin, pin},
     rc::Rc,
+    sync::Arc,
     task::Poll,
     time::Duration,
 };
@@ -26,16 +27,16 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     io::AsyncReadExt as _,
     net::TcpStream,
+    sync::Semaphore,
     time::{Instant, sleep_until},
 };
 
 use super::{
-    ClientFault, Door, Limits, Origin, ProxyProtocol, Refusal, Service, drain, io::ClientIo,
+    ClientFault, Limits, Origin, ProxyProtocol, Refusal, Service, drain,
+    greet::{Met, meet},
+    io::ClientIo,
 };
-use crate::net::{
-    Stream,
-    proxy_protocol::{self, Parsed},
-};
+use crate::net::Stream;
 
 /// The longest time between two looks at an active connection's limits.
 const TICK: Duration = Duration::from_secs(1);
@@ -346,8 +347,8 @@ enum Stop {
 
 /// What remains of a connection that was active.
 enum Rest {
-    /// It can be parked.
-    Park(Stream),
+    /// It can be parked. Whether the client said anything.
+    Park(Stream, bool),
     /// Bytes had been read ahead: go on at once.
     Again(Stream, Bytes),
     /// It is over.
@@ -356,39 +357,45 @@ enum Rest {
 
 /// Serves one connection to its end.
 pub(super) async fn run<S: Service + 'static>(
-    mut socket: TcpStream,
-    mut origin: Origin,
+    socket: TcpStream,
+    origin: Origin,
     service: Rc<S>,
     limits: Rc<Cell<Limits>>,
+    handshakes: Arc<Semaphore>,
     drain: drain::Watch,
 ) {
     let door = service.door(&origin);
-    let mut ahead = Bytes::new();
-    if door.proxy_protocol != ProxyProtocol::Off {
+    let met = if door.proxy_protocol == ProxyProtocol::Off && door.tls.is_none() {
+        let (stream, protocol) = (Stream::Plain(socket), door.clear());
+        Met { stream, ahead: Bytes::new(), origin, certificate: None, protocol }
+    } else {
         // Boxed, so that other connections do not pay for the space.
-        match Box::pin(introduced(&mut socket, &mut origin, door, &limits, &drain)).await {
-            Introduced::As(bytes) => ahead = bytes,
-            Introduced::Gone => return,
-            Introduced::Wrong(detail) => {
-                let client = service.opened(origin);
-                let fault = ClientFault::Malformed;
-                let refusal = Refusal { fault, head: &[], detail: &detail, took: Duration::ZERO };
-                let answer = service.refused(&client, &refusal);
-                return Box::pin(linger(socket.into(), &answer)).await;
-            }
-        }
-    }
-    let client = Rc::new(service.opened(origin));
-    let mut stream = Stream::from(socket);
+        let met =
+            Box::pin(meet(socket, origin, &door, &*service, &limits, &handshakes, &drain)).await;
+        let Some(met) = met else { return };
+        met
+    };
+    drop((door, handshakes));
+    let Met { mut stream, mut ahead, origin, certificate, protocol: _ } = met;
+    let client = Rc::new(service.opened(origin, certificate));
     let mut idle_since = Instant::now();
+    // What came right behind a handshake is with TLS already, and not with the socket.
+    let mut at_once = origin.secure;
     loop {
-        if ahead.is_empty() && !parked(&stream, idle_since, &limits, &drain).await {
+        if !at_once && ahead.is_empty() && !parked(&stream, idle_since, &limits, &drain).await {
             return;
         }
+        at_once = false;
         // Boxed, so that a parked connection does not pay for the space of an active one.
         let active = Box::pin(active(stream, ahead, origin, &client, &service, &limits, &drain));
         match active.await {
-            Rest::Park(socket) => (stream, ahead) = (socket, Bytes::new()),
+            Rest::Park(socket, spoke) => {
+                (stream, ahead) = (socket, Bytes::new());
+                // Records of TLS without a text in them do not keep a connection.
+                if !spoke {
+                    continue;
+                }
+            }
             Rest::Again(socket, bytes) => (stream, ahead) = (socket, bytes),
             Rest::Over => return,
         }
@@ -396,48 +403,8 @@ pub(super) async fn run<S: Service + 'static>(
     }
 }
 
-/// How a load balancer introduced a client.
-enum Introduced {
-    /// Properly, or not at all where that is allowed; this was read beyond.
-    As(Bytes),
-    /// The connection ended, or was silent for too long.
-    Gone,
-    /// Not as it should.
-    Wrong(String),
-}
-
-/// Waits for the PROXY protocol's header, and believes it.
-async fn introduced(
-    socket: &mut TcpStream,
-    origin: &mut Origin,
-    door: Door,
-    limits: &Cell<Limits>,
-    drain: &drain::Watch,
-) -> Introduced {
-    if !parked(&*socket, Instant::now(), limits, drain).await {
-        return Introduced::Gone;
-    }
-    let limit = limits.get().header_read;
-    match tokio::time::timeout(limit, proxy_protocol::read(socket)).await {
-        Err(_elapsed) => Introduced::Gone,
-        Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
-            Introduced::Wrong(error.to_string())
-        }
-        Ok(Err(_)) => Introduced::Gone,
-        Ok(Ok((Parsed::Header(ends, _), ahead))) => {
-            if let Some(ends) = ends {
-                origin.peer = ends.source;
-                origin.local = ends.destination;
-            }
-            Introduced::As(ahead)
-        }
-        Ok(Ok((_, ahead))) if door.proxy_protocol == ProxyProtocol::Accept => Introduced::As(ahead),
-        Ok(Ok(_)) => Introduced::Wrong("this listener needs the PROXY protocol".to_owned()),
-    }
-}
-
 /// What a parked connection waits on.
-trait Readable {
+pub(super) trait Readable {
     async fn readable(&self) -> io::Result<()>;
 }
 
@@ -454,7 +421,7 @@ impl Readable for Stream {
 }
 
 /// Waits for the next request's first byte. Whether there is one.
-async fn parked(
+pub(super) async fn parked(
     stream: &impl Readable,
     since: Instant,
     limits: &Cell<Limits>,
@@ -543,7 +510,7 @@ async fn active<S: Service + 'static>(
         service.refused(client, &Refusal { fault, head, detail, took })
     };
     match stop {
-        Stop::Quiet if ahead.is_empty() => Rest::Park(stream),
+        Stop::Quiet if ahead.is_empty() => Rest::Park(stream, conn.received() > 0),
         Stop::Quiet => Rest::Again(stream, ahead),
         Stop::Idle => Rest::Over,
         Stop::Stalled => {
@@ -610,7 +577,7 @@ fn fault(error: &hyper::Error, unsaid: Option<u16>) -> Option<ClientFault> {
 /// Says the last words and lets a client that is still sending read them before the socket goes:
 /// closing with unread bytes makes the kernel send a reset, which may overtake the answer (RFC 9112
 /// section 9.6).
-async fn linger(mut stream: Stream, last_words: &[u8]) {
+pub(super) async fn linger(mut stream: Stream, last_words: &[u8]) {
     let _ = tokio::time::timeout(LINGER, async {
         let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, last_words).await;
         let _ = tokio::io::AsyncWriteExt::flush(&mut stream).await;

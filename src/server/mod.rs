@@ -5,7 +5,7 @@
 //! connection that waits for a request costs its socket and a small task: the HTTP machinery is
 //! built when the first byte comes and put away when the connection has been quiet for a moment.
 
-use std::{future::Future, net::SocketAddr, rc::Rc, time::Duration};
+use std::{future::Future, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -14,13 +14,16 @@ use hyper::body::Incoming;
 mod accept;
 mod conn;
 pub mod drain;
+mod greet;
 mod io;
 pub mod listener;
+pub mod tls;
 
 pub use crate::net::proxy_protocol::ProxyProtocol;
 pub use accept::{Accepting, serve};
 pub use conn::{Abort, Conn, Takeover};
 pub use io::{ClientIo, write_vectored};
+pub use tls::{ClientCertificate, Handshake};
 
 /// Whoever answers the requests of a connection.
 pub trait Service {
@@ -32,8 +35,12 @@ pub trait Service {
     /// What is expected of whoever connects there.
     fn door(&self, origin: &Origin) -> Door;
 
-    /// A client connected. What this returns is dropped when the client is gone.
-    fn opened(&self, origin: Origin) -> Self::Client;
+    /// A client connected, perhaps with a certificate. What this returns is dropped when the client
+    /// is gone.
+    fn opened(&self, origin: Origin, certificate: Option<ClientCertificate>) -> Self::Client;
+
+    /// A handshake at that listener ended.
+    fn shook_hands(&self, listener: usize, how: Handshake);
 
     /// Answers one request. Dropped when the client goes away.
     fn call(
@@ -50,10 +57,16 @@ pub trait Service {
 }
 
 /// What is expected of whoever connects.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Door {
     /// Whether a load balancer says first who the client is.
     pub proxy_protocol: ProxyProtocol,
+    /// `None`: clear text.
+    pub tls: Option<Arc<tls::Tls>>,
+    /// HTTP/1.1 is spoken.
+    pub http1: bool,
+    /// HTTP/2 is spoken.
+    pub h2: bool,
 }
 
 /// A connection that ends without a request.
@@ -99,6 +112,10 @@ pub struct Limits {
     pub body_idle: Duration,
     /// Connections at once on this worker.
     pub connections: usize,
+    /// A TLS handshake, the wait for its turn included.
+    pub handshake: Duration,
+    /// TLS handshakes at once on this worker.
+    pub handshakes: usize,
 }
 
 /// Where a connection came in, and from whom.
@@ -110,4 +127,6 @@ pub struct Origin {
     pub peer: SocketAddr,
     /// Our end, likewise.
     pub local: SocketAddr,
+    /// Whether it is below TLS.
+    pub secure: bool,
 }

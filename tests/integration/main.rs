@@ -14,6 +14,7 @@ mod replays;
 mod roles;
 mod sessions;
 mod testkit;
+mod tls;
 mod verify;
 mod writes;
 
