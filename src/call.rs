@@ -9,7 +9,9 @@ use http::{Request, Response, StatusCode, header, request};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
-use tokio::{net::TcpStream, task::JoinHandle, time::timeout};
+use tokio::{io::AsyncWriteExt as _, task::JoinHandle, time::timeout};
+
+use crate::net::Stream;
 
 /// The largest head of an answer.
 const HEAD: usize = 1 << 20;
@@ -51,15 +53,12 @@ impl Drop for Connection {
 }
 
 impl Connection {
-    async fn open(address: SocketAddr) -> Result<Self, CallError> {
-        let stream = TcpStream::connect(address).await?;
+    async fn open(address: SocketAddr, opening: &[u8]) -> Result<Self, CallError> {
+        let mut stream = Stream::connect(address).await?;
         stream.set_nodelay(true)?;
         // A peer that vanished without a word is told from an idle one by the kernel.
-        let keepalive = socket2::TcpKeepalive::new()
-            .with_time(Duration::from_secs(2))
-            .with_interval(Duration::from_secs(1))
-            .with_retries(3);
-        socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+        stream.keep_alive(Duration::from_secs(2), Duration::from_secs(1), 3)?;
+        stream.write_all(opening).await?;
         let (sender, driver) =
             http1::Builder::new().max_buf_size(HEAD).handshake(TokioIo::new(stream)).await?;
         let driver = tokio::spawn(async move {
@@ -102,13 +101,17 @@ pub async fn get(
     }
 }
 
-/// GETs a path for its status alone.
+/// GETs a path for its status alone. `opening` goes before the request.
 pub async fn status(
     address: SocketAddr,
     path: &str,
+    opening: &[u8],
     limit: Duration,
 ) -> Result<StatusCode, CallError> {
-    let call = async { Ok(get_any(address, path).await?.0.status()) };
+    let call = async {
+        let connection = Connection::open(address, opening).await?;
+        Ok(connection.get(address, path).await?.0.status())
+    };
     timeout(limit, call).await.unwrap_or(Err(CallError::Timeout))
 }
 
@@ -117,7 +120,7 @@ pub async fn get_any(
     address: SocketAddr,
     path: &str,
 ) -> Result<(Response<Incoming>, Connection), CallError> {
-    Connection::open(address).await?.get(address, path).await
+    Connection::open(address, &[]).await?.get(address, path).await
 }
 
 /// Sends a request without a body over a connection of its own.
@@ -125,7 +128,7 @@ pub async fn send(
     address: SocketAddr,
     request: request::Builder,
 ) -> Result<(Response<Incoming>, Connection), CallError> {
-    Connection::open(address).await?.send(request).await
+    Connection::open(address, &[]).await?.send(request).await
 }
 
 /// Reads an answer whole, unless it is larger than `most`.

@@ -19,6 +19,7 @@ pub mod decide;
 pub mod demo;
 pub mod discovery;
 pub mod litefs;
+pub mod net;
 pub mod proxy;
 pub mod server;
 pub mod telemetry;

@@ -13,10 +13,17 @@ use tokio::{
 
 use crate::{
     admin::{self, Admin},
-    config::{self, Config, listener::Listener},
+    config::{
+        self, Config,
+        listener::{ClientAuth, Listener},
+    },
     discovery::{self, Discovery},
+    net::pem::FileError,
     proxy::{Hold, LastWrites, Shared},
-    server::listener,
+    server::{
+        listener,
+        tls::{Files, Look, Need, Tls},
+    },
     telemetry::{
         access_log::AccessLog,
         metrics::{Metrics, Standing},
@@ -28,6 +35,10 @@ use worker::{Command, Outfit, limits, work};
 mod handoff;
 mod reload;
 mod worker;
+
+/// How often certificate files are looked at. They are asked for by name rather than watched: that
+/// works on every file system, and for whatever their directories and symlinks do.
+const CERTIFICATES: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Commands that wait for a worker.
 const COMMANDS: usize = 16;
@@ -119,7 +130,9 @@ pub fn start(config: Config) -> io::Result<Running> {
     let mut sockets = Vec::new();
     let mut listeners = Vec::new();
     let workers = config.server.workers.get();
+    let mut tls = Vec::new();
     for listener in &config.listeners {
+        tls.push(open_tls(listener.tls.as_ref().map(|tls| files(listener, tls)))?);
         let bound = bind(listener.address, workers)?;
         listeners.push(address_of(&bound)?);
         sockets.push(bound);
@@ -142,7 +155,7 @@ pub fn start(config: Config) -> io::Result<Running> {
             }
         };
         runtime.block_on(async move {
-            match Control::start(config, sockets, admin_socket, log, counted).await {
+            match Control::start(config, sockets, tls, admin_socket, log, counted).await {
                 Err(error) => {
                     let _ = ready.send(Err(error));
                     Ended::Cut
@@ -158,6 +171,40 @@ pub fn start(config: Config) -> io::Result<Running> {
     let topologies =
         is_ready.recv().unwrap_or_else(|_| Err(io::Error::other("the control plane died")))?;
     Ok(Running { listeners, admin, topologies, metrics, orders, control })
+}
+
+/// Reads the files that the configuration names.
+///
+/// # Errors
+/// What is wrong with the first that is wrong.
+pub fn read_files(config: &Config) -> io::Result<()> {
+    for listener in &config.listeners {
+        open_tls(listener.tls.as_ref().map(|tls| files(listener, tls)))?;
+    }
+    Ok(())
+}
+
+/// The files of a listener's TLS, and how they are used.
+fn files(listener: &Listener, tls: &config::listener::Tls) -> Files {
+    let need = match tls.client_auth {
+        ClientAuth::Off => None,
+        ClientAuth::Optional => Some(Need::Optional),
+        ClientAuth::Required => Some(Need::Required),
+    };
+    let pairs = tls.certificates.iter().map(|pair| (pair.certificate.clone(), pair.key.clone()));
+    let h2 = listener.protocols.h2.then_some(&b"h2"[..]);
+    Files {
+        certificates: pairs.collect(),
+        clients: tls.client_ca.clone().zip(need),
+        protocols: h2
+            .into_iter()
+            .chain(listener.protocols.http1.then_some(&b"http/1.1"[..]))
+            .collect(),
+    }
+}
+
+fn open_tls(files: Option<Files>) -> Result<Option<Arc<Tls>>, FileError> {
+    files.map(|files| Tls::load(files).map(Arc::new)).transpose()
 }
 
 fn bind(address: SocketAddr, workers: usize) -> io::Result<Vec<std::net::TcpListener>> {
@@ -237,6 +284,7 @@ struct Control {
 /// A listener that is, or was, open.
 struct Opened {
     config: Listener,
+    tls: Option<Arc<Tls>>,
     /// Where it really is. `None`: it was closed.
     bound: Option<SocketAddr>,
 }
@@ -259,6 +307,8 @@ struct Prepared {
     numbers: Vec<usize>,
     /// The sockets of those that are not open yet.
     sockets: Vec<(usize, SocketAddr, Vec<std::net::TcpListener>)>,
+    /// For each configured listener, its TLS.
+    tls: Vec<Option<Arc<Tls>>>,
     /// Where the admin listener moves.
     admin: Swap<Option<std::net::TcpListener>>,
     /// The new access log.
@@ -276,6 +326,7 @@ impl Control {
     async fn start(
         config: Config,
         sockets: Vec<Vec<std::net::TcpListener>>,
+        tls: Vec<Option<Arc<Tls>>>,
         admin_socket: Option<std::net::TcpListener>,
         log: Option<AccessLog>,
         metrics: Arc<Metrics>,
@@ -291,9 +342,10 @@ impl Control {
         let (ask, asked) = mpsc::channel(COMMANDS);
         let admin = Admin::new(Arc::clone(&metrics), seen(&clusters), &config, confirm, ask);
         let admin = Arc::new(admin);
-        let opened = config.listeners.iter().zip(&sockets).map(|(listener, sockets)| {
-            Ok(Opened { config: listener.clone(), bound: Some(address_of(sockets)?) })
-        });
+        let opened =
+            config.listeners.iter().zip(&sockets).zip(tls).map(|((listener, sockets), tls)| {
+                Ok(Opened { config: listener.clone(), tls, bound: Some(address_of(sockets)?) })
+            });
         let mut control = Self {
             listeners: opened.collect::<io::Result<_>>()?,
             config,
@@ -310,6 +362,7 @@ impl Control {
             instance: format!("litegate-{:08x}", fastrand::u32(..)).into(),
         };
         control.open_admin(admin_socket)?;
+        control.tell_expiries();
         for index in 0..control.config.server.workers.get() {
             let outfit = control.outfit(index);
             let (commands, commanded) = mpsc::channel(COMMANDS);
@@ -359,7 +412,11 @@ impl Control {
         });
         Outfit {
             config: Arc::clone(&self.config),
-            listeners: self.listeners.iter().map(|opened| opened.config.clone()).collect(),
+            listeners: self
+                .listeners
+                .iter()
+                .map(|opened| (opened.config.clone(), opened.tls.clone()))
+                .collect(),
             clusters: shared.collect(),
             metrics: Arc::clone(&self.metrics),
             sink: self.log.as_ref().and_then(AccessLog::sink),
@@ -369,6 +426,8 @@ impl Control {
     }
 
     async fn run(&mut self, mut orders: mpsc::Receiver<Order>) -> Ended {
+        let mut look = tokio::time::interval(CERTIFICATES);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let order = tokio::select! {
                 order = orders.recv() => order,
@@ -383,6 +442,10 @@ impl Control {
                         continue;
                     }
                 },
+                _ = look.tick() => {
+                    self.look_at_certificates();
+                    continue;
+                }
             };
             match order {
                 Some(Order::Reload(config, answer)) => {
@@ -434,13 +497,44 @@ impl Control {
         }
     }
 
+    /// Takes changed certificates into use. Those that are wrong leave the former in force.
+    fn look_at_certificates(&mut self) {
+        for opened in self.listeners.iter().filter(|opened| opened.bound.is_some()) {
+            let Some(tls) = &opened.tls else { continue };
+            let address = opened.config.address;
+            match tls.look() {
+                Look::Same => continue,
+                Look::Renewed => {
+                    self.metrics.renewed(&address.to_string(), true);
+                    tracing::info!(%address, "certificates reloaded");
+                }
+                Look::Refused(error) => {
+                    self.metrics.renewed(&address.to_string(), false);
+                    tracing::error!(%address, %error, "certificates refused, the former stay");
+                }
+            }
+            self.tell_expiries();
+        }
+    }
+
+    /// Tells the scrape which certificates are in force.
+    fn tell_expiries(&self) {
+        let open = self.listeners.iter().filter(|opened| opened.bound.is_some());
+        let all = open.filter_map(|opened| Some((&opened.config, opened.tls.as_ref()?)));
+        let all = all.flat_map(|(config, tls)| {
+            let listener: Arc<str> = config.address.to_string().into();
+            let each = tls.expiries().into_iter();
+            each.map(move |(path, at)| (Arc::clone(&listener), path.display().to_string(), at))
+        });
+        self.metrics.certificates(all.collect());
+    }
+
     /// Whatever of a reload can fail. Nothing has changed when it does.
     fn prepare(&self, config: &Config) -> Result<Prepared, String> {
         if config.server.workers != self.config.server.workers {
             return Err("server.workers can't be changed without a restart".into());
         }
-        let mut numbers = Vec::new();
-        let mut sockets = Vec::new();
+        let (mut numbers, mut sockets, mut tls) = (Vec::new(), Vec::new(), Vec::new());
         let mut fresh = 0;
         for listener in &config.listeners {
             let known = self.listeners.iter().position(|o| o.config.address == listener.address);
@@ -458,6 +552,13 @@ impl Control {
                 sockets.push((number, address, bound.map_err(|error| error.to_string())?));
             }
             numbers.push(number);
+            // The same files stay as they are: whether they have changed is looked at all the time.
+            let files = listener.tls.as_ref().map(|tls| files(listener, tls));
+            let known = self.listeners.get(number).and_then(|opened| opened.tls.as_ref());
+            tls.push(match (files, known) {
+                (Some(files), Some(known)) if *known.files() == files => Some(Arc::clone(known)),
+                (files, _) => open_tls(files).map_err(|error| error.to_string())?,
+            });
         }
         let admin = if config.admin == self.config.admin {
             Swap::Keep
@@ -472,12 +573,12 @@ impl Control {
             let log = AccessLog::start(&config.access_log, Arc::clone(&self.metrics));
             Swap::For(log.map_err(|error| format!("access_log: {error}"))?)
         };
-        Ok(Prepared { numbers, sockets, admin, log })
+        Ok(Prepared { numbers, sockets, tls, admin, log })
     }
 
     /// Applies another configuration, all or nothing.
     async fn reload(&mut self, config: Config) -> Result<Addresses, String> {
-        let Prepared { numbers, sockets, admin, log } = self.prepare(&config)?;
+        let Prepared { numbers, sockets, tls, admin, log } = self.prepare(&config)?;
         if let Swap::For(socket) = admin {
             self.open_admin(socket).map_err(|error| error.to_string())?;
         }
@@ -507,15 +608,17 @@ impl Control {
             self.former_logs.push(former);
         }
         self.former_logs.retain(|log| !log.has_ended());
-        for (listener, number) in config.listeners.iter().zip(&numbers) {
+        for ((listener, number), tls) in config.listeners.iter().zip(&numbers).zip(tls) {
+            let config = listener.clone();
             match self.listeners.get_mut(*number) {
-                Some(opened) => opened.config = listener.clone(),
-                None => self.listeners.push(Opened { config: listener.clone(), bound: None }),
+                Some(opened) => (opened.config, opened.tls) = (config, tls),
+                None => self.listeners.push(Opened { config, tls, bound: None }),
             }
         }
         self.config = Arc::new(config);
         self.metrics.ask(standings(&self.clusters));
         self.admin.update(seen(&self.clusters), &self.config);
+        self.tell_expiries();
         for (index, worker) in self.workers.iter().enumerate() {
             let _ = worker.commands.send(Command::Use(Box::new(self.outfit(index)))).await;
         }
@@ -613,6 +716,7 @@ fn is_observed_alike(a: &config::cluster::Cluster, b: &config::cluster::Cluster)
         && a.soft_lag == b.soft_lag
         && a.tripwire == b.tripwire
         && a.prefer == b.prefer
+        && a.send_proxy == b.send_proxy
 }
 
 fn observe(

@@ -21,7 +21,10 @@ use tokio::{
 use crate::{
     config::{Config, listener::Listener},
     proxy::{Client, Parts, Proxy, Shared},
-    server::{self, Accepting, Conn, Limits, Origin, Refusal, drain},
+    server::{
+        self, Accepting, ClientCertificate, Conn, Door, Handshake, Limits, Origin, Refusal, drain,
+        tls::Tls,
+    },
     telemetry::{access_log::Sink, metrics::Metrics},
 };
 
@@ -47,7 +50,7 @@ pub(super) enum Command {
 pub(super) struct Outfit {
     pub(super) config: Arc<Config>,
     /// Every listener there ever was: see [`Command::Listen`].
-    pub(super) listeners: Vec<Listener>,
+    pub(super) listeners: Vec<(Listener, Option<Arc<Tls>>)>,
     pub(super) clusters: Vec<Shared>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) sink: Option<Sink>,
@@ -58,7 +61,7 @@ pub(super) struct Outfit {
 impl Outfit {
     pub(super) fn wear(self) -> Proxy {
         let listeners: Vec<Arc<str>> =
-            self.listeners.iter().map(|l| l.address.to_string().into()).collect();
+            self.listeners.iter().map(|(l, _)| l.address.to_string().into()).collect();
         let clusters: Vec<_> =
             self.config.clusters.iter().map(|cluster| Arc::clone(&cluster.name)).collect();
         Proxy::new(Parts {
@@ -82,6 +85,8 @@ pub(super) fn limits(config: &Config) -> Limits {
         idle: limits.idle,
         body_idle: limits.body_idle,
         connections: (limits.connections / config.server.workers.get()).max(1),
+        handshake: limits.tls_handshake,
+        handshakes: (limits.tls_handshakes / config.server.workers.get()).max(1),
     }
 }
 
@@ -182,8 +187,16 @@ impl server::Service for Gate {
     type Body = crate::proxy::ResponseBody;
     type Client = Client;
 
-    fn opened(&self, origin: Origin) -> Client {
-        self.current().client(origin)
+    fn door(&self, origin: &Origin) -> Door {
+        self.current().door(origin)
+    }
+
+    fn opened(&self, origin: Origin, certificate: Option<ClientCertificate>) -> Client {
+        self.current().client(origin, certificate.as_ref())
+    }
+
+    fn shook_hands(&self, listener: usize, how: Handshake) {
+        self.current().shook_hands(listener, how);
     }
 
     async fn call(

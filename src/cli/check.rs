@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use crate::config::{Config, cluster::Members};
+use crate::{
+    app,
+    config::{Config, cluster::Members},
+};
 
 /// How long a port may take to answer.
 const CONNECT: Duration = Duration::from_secs(2);
@@ -22,6 +25,10 @@ pub(super) fn check(path: &Path, config: &Config, online: bool) -> ExitCode {
         plural(config.clusters.len(), "cluster"),
         plural(routes, "route"),
     );
+    if let Err(error) = app::read_files(config) {
+        println!("{error}");
+        return ExitCode::FAILURE;
+    }
     if !online {
         return ExitCode::SUCCESS;
     }

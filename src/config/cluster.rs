@@ -45,6 +45,9 @@ pub struct Cluster {
     /// `max_idle`: kept-alive connections without a request, for each node and worker. Over it the
     /// one that was used longest ago is closed.
     pub max_idle: usize,
+    /// `send_proxy`: whether connections to nodes begin with who the client is. They then carry
+    /// requests of that client alone.
+    pub send_proxy: SendProxy,
     /// `[cluster.NAME.timeouts]`
     pub timeouts: Timeouts,
     /// `[cluster.NAME.health]`
@@ -195,6 +198,18 @@ pub enum Prefer {
     Any,
     /// The node whose instance name is this pod's `HOSTNAME`, while it may serve.
     Local,
+}
+
+/// `send_proxy`
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum SendProxy {
+    /// They do not.
+    #[default]
+    Off,
+    /// The PROXY protocol's version 1, a line of text.
+    V1,
+    /// Its version 2, binary.
+    V2,
 }
 
 /// `[cluster.NAME.timeouts]`

@@ -23,4 +23,10 @@ pub struct Limits {
     /// `replay_bytes`: replay buffers of all requests together. Over it: a body is streamed
     /// without being kept, and a replay of it is impossible.
     pub replay_bytes: usize,
+    /// `tls_handshake`: from its first byte to its end, the wait for a turn included. Over it:
+    /// closed.
+    pub tls_handshake: Duration,
+    /// `tls_handshakes`: handshakes at once, shared out evenly among the workers. Over it they wait
+    /// their turn.
+    pub tls_handshakes: usize,
 }

@@ -17,11 +17,11 @@ use super::{
     cluster::{
         Balance, Cluster, Consistency, Consul, DATABASES, Durability, Health, Hold, Lookup,
         Members, Mode, OnRequest, OnTimeout, Prefer, Reads, Replay, Retry, RoleSource, Secret,
-        StaticNode, Timeouts,
+        SendProxy, StaticNode, Timeouts,
     },
     diagnostic::{Diagnostic, Diagnostics, Place},
     limits::Limits,
-    listener::Listener,
+    listener::{Certificate, ClientAuth, Listener, Protocols, ProxyProtocol, Tls},
     reader::{self, Entry, Faults, Kind, Section, Value},
     route::{Class, HeaderMatch, Host, Path as RoutePath, Route, Scope},
     server::{Drain, Server},
@@ -236,24 +236,62 @@ fn listener(mut section: Section) -> Option<Listener> {
             _ => section.wrong("protocols", &value, "\"http/1.1\"", None),
         }
     }
-    if let Some(value) = section.take("proxy_protocol") {
-        match &value.kind {
-            Kind::Text(word) if word == "off" => {}
-            _ => section.unsupported(
-                &value,
-                "the PROXY protocol",
-                "write proxy_protocol = \"off\" and use X-Forwarded-For with trusted_proxies",
-            ),
+    let protocols = Protocols { http1: true, h2: false };
+    let introduced = [
+        ("off", ProxyProtocol::Off),
+        ("accept", ProxyProtocol::Accept),
+        ("require", ProxyProtocol::Require),
+    ];
+    let proxy_protocol = section.word("proxy_protocol", &introduced, ProxyProtocol::Off);
+    let proxy_protocol_from = section.texts("proxy_protocol_from", NETWORKS, network);
+    let tls = section.take("tls").map(|value| tls(section.table("listener.tls", "tls", value)));
+    let trusted_proxies = section.texts("trusted_proxies", NETWORKS, network);
+    Some(Listener {
+        address: found?,
+        trusted_proxies,
+        protocols,
+        tls,
+        proxy_protocol,
+        proxy_protocol_from,
+    })
+}
+
+fn tls(mut section: Section) -> Tls {
+    let mut certificates = Vec::new();
+    for value in section.list("certificates") {
+        let mut table = section.table("listener.tls.certificates", "certificates", value);
+        match (table.text("certificate"), table.text("key")) {
+            (Some(certificate), Some(key)) => {
+                certificates.push(Certificate { certificate: certificate.into(), key: key.into() });
+            }
+            (None, _) => table.missing("certificate", "the PEM file of the chain"),
+            (_, None) => table.missing("key", "the PEM file of the private key"),
         }
     }
-    if let Some(value) = section.take("tls") {
-        section.unsupported(&value, "TLS", "end TLS in front of litegate and remove this");
+    if certificates.is_empty() {
+        section.missing(
+            "certificates",
+            "like certificates = [{ certificate = \"tls.crt\", key = \"tls.key\" }]",
+        );
     }
-    let trusted_proxies = section.texts("trusted_proxies", "networks like 10.42.0.0/16", |text| {
-        let single = text.parse::<IpAddr>().map(ipnet::IpNet::from);
-        text.parse().or(single).map_err(|_| "like \"10.42.0.0/16\"".to_owned())
-    });
-    Some(Listener { address: found?, trusted_proxies })
+    let client_ca = section.text("client_ca").map(Into::into);
+    let words = [
+        ("off", ClientAuth::Off),
+        ("optional", ClientAuth::Optional),
+        ("required", ClientAuth::Required),
+    ];
+    let client_auth = section.word("client_auth", &words, ClientAuth::Off);
+    if client_auth != ClientAuth::Off && client_ca.is_none() {
+        section.missing("client_ca", "the PEM file of who signs clients' certificates");
+    }
+    Tls { certificates, client_ca, client_auth }
+}
+
+const NETWORKS: &str = "networks like 10.42.0.0/16";
+
+fn network(text: &str) -> Result<ipnet::IpNet, String> {
+    let single = text.parse::<IpAddr>().map(ipnet::IpNet::from);
+    text.parse().or(single).map_err(|_| "like \"10.42.0.0/16\"".to_owned())
 }
 
 fn admin(mut section: Section) -> Option<Admin> {
@@ -291,6 +329,8 @@ fn limits(mut section: Section) -> Limits {
         body_idle: section.duration("body_idle", secs(30)),
         connections: section.count("connections", 1, 20_000),
         replay_bytes: section.size("replay_bytes", 64 << 20),
+        tls_handshake: section.duration("tls_handshake", secs(10)),
+        tls_handshakes: section.count("tls_handshakes", 1, 512),
     }
 }
 
@@ -334,6 +374,11 @@ fn cluster(name: &str, mut section: Section) -> Option<Cluster> {
         max_requests: section.count("max_requests", 1, 1024),
         max_pending: section.count("max_pending", 0, 1024),
         max_idle: section.count("max_idle", 0, 64),
+        send_proxy: section.word(
+            "send_proxy",
+            &[("off", SendProxy::Off), ("v1", SendProxy::V1), ("v2", SendProxy::V2)],
+            SendProxy::Off,
+        ),
         timeouts: timeouts(section.section("timeouts")),
         health: health(section.section("health")),
         retry: retry(section.section("retry")),
@@ -920,11 +965,7 @@ tiemout = "30s"
 
     #[test]
     fn what_comes_later_is_refused_rather_than_ignored() {
-        for (key, what) in [
-            ("protocols = [\"h2\"]", "HTTP/2"),
-            ("proxy_protocol = \"require\"", "PROXY"),
-            ("tls = {}", "TLS"),
-        ] {
+        for (key, what) in [("protocols = [\"h2\"]", "HTTP/2")] {
             let text = LEAST.replace("8080\"", &format!("8080\"\n{key}"));
             let faults = parsed(&text).unwrap_err();
             assert!(faults.contains(what) && faults.contains("not supported"), "{faults}");

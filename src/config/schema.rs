@@ -46,6 +46,7 @@ pub fn schema() -> Value {
         "tripwire": table(json!({ "transactions": count })),
         "max_writes": count, "max_writes_wait": duration,
         "max_requests": count, "max_pending": count, "max_idle": count,
+        "send_proxy": words(&["off", "v1", "v2"]),
         "timeouts": table(json!({
             "connect": duration, "response_header": duration, "idle": duration,
             "tunnel_idle": duration, "tunnel_close": duration, "pool_idle": duration,
@@ -82,7 +83,15 @@ pub fn schema() -> Value {
         "listener": { "type": "array", "minItems": 1, "items": table(json!({
             "address": text,
             "protocols": { "type": "array", "items": { "const": "http/1.1" } },
-            "proxy_protocol": { "const": "off" },
+            "tls": table(json!({
+                "certificates": { "type": "array", "minItems": 1, "items": table(json!({
+                    "certificate": text, "key": text,
+                })) },
+                "client_ca": text,
+                "client_auth": words(&["off", "optional", "required"]),
+            })),
+            "proxy_protocol": words(&["off", "accept", "require"]),
+            "proxy_protocol_from": texts,
             "trusted_proxies": texts,
         })) },
         "admin": table(json!({ "address": text })),
@@ -90,6 +99,7 @@ pub fn schema() -> Value {
         "limits": table(json!({
             "header_bytes": size, "headers": count, "uri_bytes": size, "header_read": duration,
             "idle": duration, "body_idle": duration, "connections": count, "replay_bytes": size,
+            "tls_handshake": duration, "tls_handshakes": count,
         })),
         "cluster": { "type": "object", "minProperties": 1, "additionalProperties": cluster },
         "route": { "type": "array", "items": table(json!({

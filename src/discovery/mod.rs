@@ -17,8 +17,9 @@ use tokio::{
 };
 
 use crate::{
-    config::cluster::{Cluster, Members, Prefer, RoleSource, StaticNode},
+    config::cluster::{Cluster, Members, Prefer, RoleSource, SendProxy, StaticNode},
     litefs::client,
+    net::proxy_protocol::{Introduction, Version},
     telemetry::metrics::DiscoveryCells,
     topology::{
         Change, Member, Observation, Presence, PrimaryName, Saw, Source, Topology, eject,
@@ -325,9 +326,12 @@ impl Fold {
                     RoleSource::Http { path, port, interval, timeout } => {
                         let asked = port.map_or(address, |port| (address.ip(), port).into());
                         let (path, every, limit) = (path.clone(), *interval, *timeout);
-                        let follow =
-                            roles::http::follow(address, asked, path, every, limit, observer());
-                        tasks.spawn(follow);
+                        // Another port is not where requests go.
+                        let send = self.cluster.send_proxy;
+                        let opening = if asked == address { opening(send) } else { Vec::new() };
+                        let follow = roles::http::follow;
+                        let observer = observer();
+                        tasks.spawn(follow(address, asked, path, opening, every, limit, observer));
                     }
                     _ => {}
                 }
@@ -337,6 +341,7 @@ impl Fold {
                 tasks.spawn(probe::probe(
                     address,
                     path.clone(),
+                    opening(self.cluster.send_proxy),
                     health.interval,
                     health.timeout,
                     self.observer.clone(),
@@ -422,4 +427,13 @@ fn record(cluster: &str, change: &Change) {
 fn is_usable(ip: IpAddr) -> bool {
     let ip = ip.to_canonical();
     !ip.is_unspecified() && !ip.is_multicast() && ip != IpAddr::V4(Ipv4Addr::BROADCAST)
+}
+/// How a connection of our own begins, to a node that expects the PROXY protocol.
+fn opening(send: SendProxy) -> Vec<u8> {
+    let version = match send {
+        SendProxy::Off => return Vec::new(),
+        SendProxy::V1 => Version::V1,
+        SendProxy::V2 => Version::V2,
+    };
+    Introduction { version, ends: None }.header()
 }

@@ -17,6 +17,7 @@ const PROBES: u32 = 2;
 pub(super) async fn probe(
     member: SocketAddr,
     path: Box<str>,
+    opening: Vec<u8>,
     every: Duration,
     limit: Duration,
     observer: Observer,
@@ -26,7 +27,7 @@ pub(super) async fn probe(
     let (mut verdict, mut against) = (true, 0);
     loop {
         ticks.tick().await;
-        let status = call::status(member, &path, limit).await;
+        let status = call::status(member, &path, &opening, limit).await;
         let healthy = status.is_ok_and(|status| status.is_success());
         against = if healthy == verdict { 0 } else { against + 1 };
         if against >= PROBES {

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     decide::{Failure, FailureKind, Problem},
+    net::proxy_protocol::Introduction,
     server::Conn,
     upstream::{self, Connection, Place},
 };
@@ -92,6 +93,8 @@ pub(super) struct Try<'a> {
     pub(super) conn: &'a Rc<Conn>,
     /// The request's body, if it has one.
     pub(super) upload: Option<&'a Upload>,
+    /// Whom the connection to the node is to speak for.
+    pub(super) speaks_for: Option<Introduction>,
     /// The client waits for `100 Continue`.
     pub(super) expects_continue: bool,
     /// The client understands interim responses.
@@ -130,12 +133,12 @@ pub(super) async fn run(
 ) -> Result<(Response<Incoming>, Box<Connection<RequestBody>>), Trouble> {
     let mut began = this.began;
     loop {
-        let pooled = node.take_idle(began);
+        let pooled = node.take_idle(began, this.speaks_for);
         let reused = pooled.is_some();
         let mut connection = if let Some(connection) = pooled {
             connection
         } else {
-            let opened = open(node, this.connect).await.map_err(Trouble::Node)?;
+            let opened = open(node, this.speaks_for, this.connect).await.map_err(Trouble::Node)?;
             began = Instant::now();
             opened
         };
@@ -150,9 +153,13 @@ pub(super) async fn run(
     }
 }
 
-async fn open(node: &Node, limit: Duration) -> Result<Box<Connection<RequestBody>>, Failure> {
+async fn open(
+    node: &Node,
+    speaks_for: Option<Introduction>,
+    limit: Duration,
+) -> Result<Box<Connection<RequestBody>>, Failure> {
     let began = Instant::now();
-    match Connection::open(node.address, limit).await {
+    match Connection::open(node.address, speaks_for, limit).await {
         Ok(mut connection) => {
             connection.counted(node.load.cells.connected(began.elapsed()));
             Ok(Box::new(connection))

@@ -15,9 +15,12 @@ use std::{
 use bytes::{BufMut as _, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
-use crate::decide::token;
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 
-use crate::decide::replay::Transform;
+use crate::{
+    decide::{replay::Transform, token},
+    server::ClientCertificate,
+};
 
 /// `X-Forwarded-For`
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -25,6 +28,9 @@ const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto")
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+/// RFC 9440 section 2.2.
+const CLIENT_CERT: HeaderName = HeaderName::from_static("client-cert");
+const CLIENT_CERT_SUBJECT: HeaderName = HeaderName::from_static("x-client-cert-subject");
 
 /// What is the same for every request of one connection.
 #[derive(Debug)]
@@ -33,6 +39,11 @@ pub struct Peer {
     pub trusted: bool,
     address: HeaderValue,
     port: HeaderValue,
+    /// `http` or `https`
+    proto: &'static str,
+    /// `Client-Cert`, and the subject in words, of a stranger's certificate.
+    certificate: Option<HeaderValue>,
+    subject: Option<HeaderValue>,
     /// `for=…` of RFC 7239, to which host and protocol are added.
     node: Box<[u8]>,
     /// The host asked for last, and the element made for it: nearly always the same one.
@@ -51,9 +62,28 @@ impl Peer {
             trusted,
             address: text(&ip.to_string()),
             port: text(&local.port().to_string()),
+            proto: "http",
+            certificate: None,
+            subject: None,
             node: node.into_bytes().into(),
             last: RefCell::default(),
         }
+    }
+
+    /// It came by TLS, perhaps with a certificate. A trusted proxy's is its own and not its
+    /// client's: apps would take the one for the other, so it is not passed on.
+    #[must_use]
+    pub fn below_tls(mut self, certificate: Option<&ClientCertificate>) -> Self {
+        self.proto = "https";
+        if let Some(certificate) = certificate.filter(|_| !self.trusted) {
+            // RFC 9440 section 2.2: a byte sequence as in RFC 8941 section 3.3.5.
+            let der = &certificate.der;
+            self.certificate =
+                (!der.is_empty()).then(|| text(&format!(":{}:", BASE64.encode(der))));
+            let subject = Some(&certificate.subject).filter(|subject| !subject.is_empty());
+            self.subject = subject.and_then(|subject| HeaderValue::from_str(subject).ok());
+        }
+        self
     }
 
     /// This hop's element of `Forwarded`.
@@ -73,9 +103,12 @@ impl Peer {
     }
 
     fn render(&self, host: Option<&HeaderValue>) -> HeaderValue {
-        const PROTO: &[u8] = b";proto=http";
+        const PROTO: &[u8] = b";proto=";
         let host = host.map(HeaderValue::as_bytes).filter(|host| is_quotable(host));
-        let length = self.node.len() + PROTO.len() + host.map_or(0, |host| host.len() + 8);
+        let length = self.node.len()
+            + PROTO.len()
+            + self.proto.len()
+            + host.map_or(0, |host| host.len() + 8);
         let mut element = BytesMut::with_capacity(length);
         element.put_slice(&self.node);
         if let Some(host) = host {
@@ -84,6 +117,7 @@ impl Peer {
             element.put_u8(b'"');
         }
         element.put_slice(PROTO);
+        element.put_slice(self.proto.as_bytes());
         value(element.freeze())
     }
 }
@@ -197,7 +231,7 @@ fn forwarded(head: &mut HeaderMap, host: Option<&HeaderValue>, peer: &Peer) {
         append(head, header::FORWARDED, &peer.element(host));
         // The proxy in front knows what the client asked it for.
         if !head.contains_key(&FORWARDED_PROTO) {
-            head.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+            head.insert(FORWARDED_PROTO, HeaderValue::from_static(peer.proto));
         }
         if !head.contains_key(&FORWARDED_PORT) {
             head.insert(FORWARDED_PORT, peer.port.clone());
@@ -214,11 +248,17 @@ fn forwarded(head: &mut HeaderMap, host: Option<&HeaderValue>, peer: &Peer) {
         // What a stranger said has been dropped: these are the only ones.
         head.insert(FORWARDED_FOR, peer.address.clone());
         head.insert(header::FORWARDED, peer.element(host));
-        head.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+        head.insert(FORWARDED_PROTO, HeaderValue::from_static(peer.proto));
         head.insert(FORWARDED_PORT, peer.port.clone());
         head.insert(REAL_IP, peer.address.clone());
         if let Some(host) = host {
             head.insert(FORWARDED_HOST, host.clone());
+        }
+        if let Some(certificate) = &peer.certificate {
+            head.insert(CLIENT_CERT, certificate.clone());
+        }
+        if let Some(subject) = &peer.subject {
+            head.insert(CLIENT_CERT_SUBJECT, subject.clone());
         }
     }
 }
@@ -263,8 +303,16 @@ fn fate(name: &HeaderName, trusted: bool) -> Fate {
         | "upgrade"
         | "http2-settings"
         | "proxy-authorization" => Fate::Drop,
-        "forwarded" | "x-forwarded-for" | "x-forwarded-proto" | "x-forwarded-host"
-        | "x-forwarded-port" | "x-forwarded-ssl" | "x-real-ip"
+        "forwarded"
+        | "x-forwarded-for"
+        | "x-forwarded-proto"
+        | "x-forwarded-host"
+        | "x-forwarded-port"
+        | "x-forwarded-ssl"
+        | "x-real-ip"
+        | "client-cert"
+        | "client-cert-chain"
+        | "x-client-cert-subject"
             if !trusted =>
         {
             Fate::Drop
@@ -548,6 +596,26 @@ mod tests {
     fn a_host_that_could_break_out_of_its_quotes_is_left_out() {
         let sent = sent(&[("host", "a\";for=evil")], &stranger());
         assert_eq!(lines(&sent, "forwarded"), ["for=192.0.2.7;proto=http"]);
+    }
+
+    #[test]
+    fn a_certificate_is_passed_on_and_nobody_can_say_it_himself() {
+        let said = [("client-cert", ":eA==:"), ("x-client-cert-subject", "CN=root")];
+        let names = ["client-cert", "x-client-cert-subject"];
+        let seen = |peer: &Peer| {
+            let sent = sent(&said, peer);
+            names.map(|name| lines(&sent, name).first().map(|line| (*line).to_owned()))
+        };
+        let certificate = ClientCertificate { der: (*b"der").into(), subject: "CN=ada".into() };
+        let ours = [Some(":ZGVy:".to_owned()), Some("CN=ada".to_owned())];
+        let theirs = [Some(":eA==:".to_owned()), Some("CN=root".to_owned())];
+        assert_eq!(seen(&stranger()), [None, None]);
+        assert_eq!(seen(&stranger().below_tls(None)), [None, None]);
+        assert_eq!(seen(&stranger().below_tls(Some(&certificate))), ours);
+        assert_eq!(seen(&proxy().below_tls(Some(&certificate))), theirs);
+        let sent = sent(&[("host", "a")], &stranger().below_tls(None));
+        assert_eq!(lines(&sent, "forwarded"), ["for=192.0.2.7;host=\"a\";proto=https"]);
+        assert_eq!(lines(&sent, "x-forwarded-proto"), ["https"]);
     }
 
     #[test]

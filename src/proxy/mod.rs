@@ -26,7 +26,7 @@ use self::{
 };
 pub use self::{causal::LastWrites, cluster::Shared, hold::Hold, relay::ResponseBody};
 use crate::{
-    config::{Config, listener::Listener},
+    config::{self, Config, cluster::SendProxy, listener::Listener},
     decide::{
         self, Attempt, Cause, Class, Demands, Ended, Failure, FailureKind, History, HoldFor,
         Problem, Wanted,
@@ -38,10 +38,13 @@ use crate::{
         route::Head,
         token::TokenRead,
     },
-    server::{Conn, Origin},
+    net::proxy_protocol::{self, Ends, Introduction},
+    server::{ClientCertificate, Conn, Door, Handshake, Origin, ProxyProtocol, tls::Tls},
     telemetry::{
         access_log::{Line, Sink, Tried},
-        metrics::{HoldOutcome, Leave, ReplayOutcome, RetryRefusal, Shard, Unanswered},
+        metrics::{
+            HandshakeOutcome, HoldOutcome, Leave, ReplayOutcome, RetryRefusal, Shard, Unanswered,
+        },
     },
     topology::{PrimaryGap, Role, Saw, Source, Topology, position::Reach},
 };
@@ -65,7 +68,7 @@ mod websocket;
 #[derive(Debug)]
 pub struct Proxy {
     config: Arc<Config>,
-    listeners: Vec<Listener>,
+    listeners: Vec<(Listener, Option<Arc<Tls>>)>,
     clusters: Vec<Cluster>,
     shard: Arc<Shard>,
     log: Option<Rc<Sink>>,
@@ -85,6 +88,19 @@ pub struct Client {
     shard: Arc<Shard>,
 }
 
+impl Client {
+    /// How a connection to a node says that it is this client's.
+    fn introduction(&self, send: SendProxy) -> Option<Introduction> {
+        let version = match send {
+            SendProxy::Off => return None,
+            SendProxy::V1 => proxy_protocol::Version::V1,
+            SendProxy::V2 => proxy_protocol::Version::V2,
+        };
+        let (source, destination) = (self.origin.peer, self.origin.local);
+        Some(Introduction { version, ends: Some(Ends { source, destination }) })
+    }
+}
+
 impl Drop for Client {
     fn drop(&mut self) {
         self.shard.connection_closed(self.origin.listener);
@@ -97,7 +113,7 @@ pub struct Parts {
     /// The configuration.
     pub config: Arc<Config>,
     /// Every listener that a client may have come in by, in the order of [`Origin::listener`].
-    pub listeners: Vec<Listener>,
+    pub listeners: Vec<(Listener, Option<Arc<Tls>>)>,
     /// For each of its clusters.
     pub clusters: Vec<Shared>,
     /// This worker's cells.
@@ -145,15 +161,44 @@ impl Proxy {
         }
     }
 
+    /// What is expected of whoever connects there.
+    pub fn door(&self, origin: &Origin) -> Door {
+        let Some((listener, tls)) = self.listeners.get(origin.listener) else {
+            return Door::default();
+        };
+        let proxy_protocol = match listener.proxy_protocol(origin.peer.ip()) {
+            config::listener::ProxyProtocol::Off => ProxyProtocol::Off,
+            config::listener::ProxyProtocol::Accept => ProxyProtocol::Accept,
+            config::listener::ProxyProtocol::Require => ProxyProtocol::Require,
+        };
+        let config::listener::Protocols { http1, h2 } = listener.protocols;
+        Door { proxy_protocol, tls: tls.clone(), http1, h2 }
+    }
+
     /// A client connected.
-    pub fn client(&self, origin: Origin) -> Client {
+    pub fn client(&self, origin: Origin, certificate: Option<&ClientCertificate>) -> Client {
         self.shard.connection_opened(origin.listener);
         let trusted = self
             .listeners
             .get(origin.listener)
-            .is_some_and(|listener| listener.trusts(origin.peer.ip()));
-        let peer = Peer::new(origin.peer, origin.local, trusted);
+            .is_some_and(|(listener, _)| listener.trusts(origin.peer.ip()));
+        let mut peer = Peer::new(origin.peer, origin.local, trusted);
+        if origin.secure {
+            peer = peer.below_tls(certificate);
+        }
         Client { peer, origin, shard: Arc::clone(&self.shard) }
+    }
+
+    /// A TLS handshake ended.
+    pub fn shook_hands(&self, listener: usize, how: Handshake) {
+        self.shard.shook_hands(
+            listener,
+            match how {
+                Handshake::Done => HandshakeOutcome::Done,
+                Handshake::Failed => HandshakeOutcome::Failed,
+                Handshake::TimedOut => HandshakeOutcome::TimedOut,
+            },
+        );
     }
 
     /// Answers one request. Whatever happens inside is accounted for here, once.
@@ -730,6 +775,7 @@ impl Proxy {
         let this = Try {
             conn: walk.conn,
             upload: walk.upload.as_ref(),
+            speaks_for: walk.client.introduction(cluster.config.send_proxy),
             expects_continue,
             interim: walk.version == Version::HTTP_11,
             began,
@@ -933,10 +979,11 @@ struct Walk<'p> {
 }
 
 impl Walk<'_> {
-    /// Whether the client came by https, as far as whoever is believed says so.
+    /// Whether the client came by https: by its own connection, or where a trusted proxy's word is
+    /// there, by that.
     fn is_secure(&self) -> bool {
-        self.client.peer.trusted
-            && self.headers.get("x-forwarded-proto").is_some_and(|proto| proto == "https")
+        let told = self.headers.get("x-forwarded-proto").filter(|_| self.client.peer.trusted);
+        told.map_or(self.client.origin.secure, |proto| proto == "https")
     }
 
     /// The node whose replay was followed last.

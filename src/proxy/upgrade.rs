@@ -15,14 +15,14 @@ use std::{
 
 use bytes::Bytes;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
-    net::TcpStream,
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, split},
     sync::Notify,
     time::{Instant, sleep, sleep_until},
 };
 
 use super::websocket::{self, Frames};
 use crate::{
+    net::Stream,
     telemetry::metrics::Leave,
     topology::{NodeId, Topology, watch},
 };
@@ -45,9 +45,9 @@ const fn code(leave: Leave) -> u16 {
 /// Two sides, and what was read of each before: that goes first.
 #[derive(Debug)]
 pub(super) struct Sides {
-    pub(super) client: TcpStream,
+    pub(super) client: Stream,
     pub(super) from_client: Bytes,
-    pub(super) node: TcpStream,
+    pub(super) node: Stream,
     pub(super) from_node: Bytes,
     /// Whether the protocol is WebSocket.
     pub(super) websocket: bool,
@@ -60,11 +60,11 @@ pub(super) async fn join(
     idle: Duration,
     leave: impl Future<Output = Leave>,
 ) -> Option<Leave> {
-    let Sides { mut client, from_client, mut node, from_node, websocket } = sides;
+    let Sides { client, from_client, node, from_node, websocket } = sides;
     let active = Cell::new(Instant::now());
     let (left, leaving) = (Cell::new(None), Notify::new());
-    let (client_read, client_write) = client.split();
-    let (node_read, node_write) = node.split();
+    let (client_read, client_write) = split(client);
+    let (node_read, node_write) = split(node);
     let upward = pin!(carry(client_read, node_write, from_client, &active));
     let farewell = Farewell { left: &left, leaving: &leaving };
     let downward = async {
@@ -107,6 +107,7 @@ async fn carry(
     active: &Cell<Instant>,
 ) -> io::Result<()> {
     to.write_all(&first).await?;
+    to.flush().await?;
     let mut buffer = vec![0; BUFFER];
     loop {
         let n = from.read(&mut buffer).await?;
@@ -115,6 +116,7 @@ async fn carry(
         }
         active.set(Instant::now());
         to.write_all(buffer.get(..n).unwrap_or_default()).await?;
+        to.flush().await?;
         active.set(Instant::now());
     }
 }
@@ -138,12 +140,14 @@ async fn carry_frames(
     let mut frames = Frames::default();
     frames.see(&first);
     to.write_all(&first).await?;
+    to.flush().await?;
     let mut buffer = vec![0; BUFFER];
     let mut said = false;
     loop {
         let leave = farewell.left.get().filter(|_| !said && !frames.is_closed());
         if let Some(leave) = leave.filter(|_| frames.is_between()) {
             to.write_all(&websocket::close(code(leave))).await?;
+            to.flush().await?;
             said = true;
         }
         let n = tokio::select! {
@@ -168,6 +172,7 @@ async fn carry_frames(
             }
         };
         to.write_all(bytes).await?;
+        to.flush().await?;
         active.set(Instant::now());
     }
 }
@@ -240,7 +245,7 @@ pub(super) async fn demoted(
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
 
@@ -306,7 +311,13 @@ mod tests {
         let ((client, a), (node, b)) = (pair().await, pair().await);
         let (leave, told) = tokio::sync::oneshot::channel();
         let from_node = Bytes::from_static(from_node);
-        let sides = Sides { client: a, from_client: Bytes::new(), node: b, from_node, websocket };
+        let sides = Sides {
+            client: a.into(),
+            from_client: Bytes::new(),
+            node: b.into(),
+            from_node,
+            websocket,
+        };
         let told = async { told.await.unwrap_or(Leave::Draining) };
         (client, node, join(sides, Duration::from_hours(1), told), leave)
     }

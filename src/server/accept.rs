@@ -4,6 +4,7 @@ use std::{
     cell::{Cell, RefCell},
     io,
     rc::Rc,
+    sync::Arc,
     time::Duration,
 };
 
@@ -39,7 +40,7 @@ pub async fn serve<S: Service + 'static>(
     loop {
         match listener.accept() {
             Ok((stream, peer)) => {
-                let places = std::sync::Arc::clone(&accepting.places);
+                let places = Arc::clone(&accepting.places);
                 // Over the limit they wait as before; where others keep coming, that has no end.
                 let place = if no_more_come {
                     places.acquire_owned().await.ok()
@@ -82,7 +83,7 @@ async fn accept_until_closed<S: Service + 'static>(
         let place = tokio::select! {
             biased;
             refuses = &mut closing => return refuses,
-            place = std::sync::Arc::clone(&accepting.places).acquire_owned() => place,
+            place = Arc::clone(&accepting.places).acquire_owned() => place,
         };
         let Ok(place) = place else { return false };
         let accepted = tokio::select! {
@@ -98,6 +99,21 @@ async fn accept_until_closed<S: Service + 'static>(
                 tokio::time::sleep(EXHAUSTED).await;
             }
         }
+    }
+}
+
+/// More places at once, or fewer as they become free.
+fn resize(places: &Arc<Semaphore>, before: usize, now: usize) {
+    if let Some(more) = now.checked_sub(before) {
+        places.add_permits(more);
+    } else {
+        let fewer = u32::try_from(before - now).unwrap_or(u32::MAX);
+        let places = Arc::clone(places);
+        tokio::task::spawn_local(async move {
+            if let Ok(places) = places.acquire_many_owned(fewer).await {
+                places.forget();
+            }
+        });
     }
 }
 
@@ -117,7 +133,8 @@ fn is_about_one_connection(error: &io::Error) -> bool {
 #[derive(Clone, Debug)]
 pub struct Accepting {
     limits: Rc<Cell<Limits>>,
-    places: std::sync::Arc<Semaphore>,
+    places: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
     tasks: Rc<RefCell<JoinSet<()>>>,
 }
 
@@ -125,7 +142,8 @@ impl Accepting {
     /// For one worker.
     pub fn new(limits: Limits) -> Self {
         Self {
-            places: std::sync::Arc::new(Semaphore::new(limits.connections)),
+            places: Arc::new(Semaphore::new(limits.connections)),
+            handshakes: Arc::new(Semaphore::new(limits.handshakes)),
             limits: Rc::new(Cell::new(limits)),
             tasks: Rc::default(),
         }
@@ -134,18 +152,9 @@ impl Accepting {
     /// New limits, for requests that have not begun. Where fewer connections are allowed than there
     /// are, nobody is cut off: new ones wait until enough have gone.
     pub fn set_limits(&self, limits: Limits) {
-        let before = self.limits.replace(limits).connections;
-        if let Some(more) = limits.connections.checked_sub(before) {
-            self.places.add_permits(more);
-        } else {
-            let fewer = u32::try_from(before - limits.connections).unwrap_or(u32::MAX);
-            let places = std::sync::Arc::clone(&self.places);
-            tokio::task::spawn_local(async move {
-                if let Ok(places) = places.acquire_many_owned(fewer).await {
-                    places.forget();
-                }
-            });
-        }
+        let before = self.limits.replace(limits);
+        resize(&self.places, before.connections, limits.connections);
+        resize(&self.handshakes, before.handshakes, limits.handshakes);
     }
 
     /// Waits until every connection has ended.
@@ -170,11 +179,12 @@ impl Accepting {
         // Once for the connection, not for each request: it is a system call.
         let _ = stream.set_nodelay(true);
         let Ok(local) = stream.local_addr() else { return };
-        let origin = Origin { listener, peer, local };
+        let origin = Origin { listener, peer, local, secure: false };
         let (service, limits, drain) = (Rc::clone(service), Rc::clone(&self.limits), drain.clone());
+        let handshakes = Arc::clone(&self.handshakes);
         let mut tasks = self.tasks.borrow_mut();
         tasks.spawn_local(async move {
-            conn::run(stream, origin, service, limits, drain).await;
+            conn::run(stream, origin, service, limits, handshakes, drain).await;
             drop(place);
         });
         // Those that ended are forgotten here rather than by a task of their own.

@@ -13,8 +13,10 @@ use std::{
     cell::{Cell, RefCell},
     fmt,
     future::{Future, poll_fn},
+    io,
     pin::{Pin, pin},
     rc::Rc,
+    sync::Arc,
     task::Poll,
     time::Duration,
 };
@@ -25,10 +27,16 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     io::AsyncReadExt as _,
     net::TcpStream,
+    sync::Semaphore,
     time::{Instant, sleep_until},
 };
 
-use super::{ClientFault, Limits, Origin, Refusal, Service, drain, io::ClientIo};
+use super::{
+    ClientFault, Limits, Origin, ProxyProtocol, Refusal, Service, drain,
+    greet::{Met, meet},
+    io::ClientIo,
+};
+use crate::net::Stream;
 
 /// The longest time between two looks at an active connection's limits.
 const TICK: Duration = Duration::from_secs(1);
@@ -47,7 +55,7 @@ const INTERIM_WAITING: usize = 8;
 pub struct Abort;
 
 /// Runs the connection after a 101: gets the socket and what the client already sent.
-pub type Takeover = Box<dyn FnOnce(TcpStream, Bytes) -> Pin<Box<dyn Future<Output = ()>>>>;
+pub type Takeover = Box<dyn FnOnce(Stream, Bytes) -> Pin<Box<dyn Future<Output = ()>>>>;
 
 /// What a connection and the service that answers on it tell each other.
 pub struct Conn {
@@ -344,33 +352,55 @@ enum Stop {
 
 /// What remains of a connection that was active.
 enum Rest {
-    /// It can be parked.
-    Park(TcpStream),
+    /// It can be parked. Whether the client said anything.
+    Park(Stream, bool),
     /// Bytes had been read ahead: go on at once.
-    Again(TcpStream, Bytes),
+    Again(Stream, Bytes),
     /// It is over.
     Over,
 }
 
 /// Serves one connection to its end.
 pub(super) async fn run<S: Service + 'static>(
-    mut stream: TcpStream,
+    socket: TcpStream,
     origin: Origin,
     service: Rc<S>,
     limits: Rc<Cell<Limits>>,
+    handshakes: Arc<Semaphore>,
     drain: drain::Watch,
 ) {
-    let client = Rc::new(service.opened(origin));
-    let mut ahead = Bytes::new();
+    let door = service.door(&origin);
+    let met = if door.proxy_protocol == ProxyProtocol::Off && door.tls.is_none() {
+        let (stream, protocol) = (Stream::Plain(socket), door.clear());
+        Met { stream, ahead: Bytes::new(), origin, certificate: None, protocol }
+    } else {
+        // Boxed, so that other connections do not pay for the space.
+        let met =
+            Box::pin(meet(socket, origin, &door, &*service, &limits, &handshakes, &drain)).await;
+        let Some(met) = met else { return };
+        met
+    };
+    drop((door, handshakes));
+    let Met { mut stream, mut ahead, origin, certificate, protocol: _ } = met;
+    let client = Rc::new(service.opened(origin, certificate));
     let mut idle_since = Instant::now();
+    // What came right behind a handshake is with TLS already, and not with the socket.
+    let mut at_once = origin.secure;
     loop {
-        if ahead.is_empty() && !parked(&stream, idle_since, &limits, &drain).await {
+        if !at_once && ahead.is_empty() && !parked(&stream, idle_since, &limits, &drain).await {
             return;
         }
+        at_once = false;
         // Boxed, so that a parked connection does not pay for the space of an active one.
         let active = Box::pin(active(stream, ahead, origin, &client, &service, &limits, &drain));
         match active.await {
-            Rest::Park(socket) => (stream, ahead) = (socket, Bytes::new()),
+            Rest::Park(socket, spoke) => {
+                (stream, ahead) = (socket, Bytes::new());
+                // Records of TLS without a text in them do not keep a connection.
+                if !spoke {
+                    continue;
+                }
+            }
             Rest::Again(socket, bytes) => (stream, ahead) = (socket, bytes),
             Rest::Over => return,
         }
@@ -378,9 +408,26 @@ pub(super) async fn run<S: Service + 'static>(
     }
 }
 
+/// What a parked connection waits on.
+pub(super) trait Readable {
+    async fn readable(&self) -> io::Result<()>;
+}
+
+impl Readable for TcpStream {
+    async fn readable(&self) -> io::Result<()> {
+        Self::readable(self).await
+    }
+}
+
+impl Readable for Stream {
+    async fn readable(&self) -> io::Result<()> {
+        Self::readable(self).await
+    }
+}
+
 /// Waits for the next request's first byte. Whether there is one.
-async fn parked(
-    stream: &TcpStream,
+pub(super) async fn parked(
+    stream: &impl Readable,
     since: Instant,
     limits: &Cell<Limits>,
     drain: &drain::Watch,
@@ -399,7 +446,7 @@ async fn parked(
 }
 
 async fn active<S: Service + 'static>(
-    stream: TcpStream,
+    stream: Stream,
     ahead: Bytes,
     origin: Origin,
     client: &Rc<S::Client>,
@@ -468,7 +515,7 @@ async fn active<S: Service + 'static>(
         service.refused(client, &Refusal { fault, head, detail, took })
     };
     match stop {
-        Stop::Quiet if ahead.is_empty() => Rest::Park(stream),
+        Stop::Quiet if ahead.is_empty() => Rest::Park(stream, conn.received() > 0),
         Stop::Quiet => Rest::Again(stream, ahead),
         Stop::Idle => Rest::Over,
         Stop::Stalled => {
@@ -497,7 +544,7 @@ async fn active<S: Service + 'static>(
                 linger(stream, &answer).await;
             } else if conn.reset.get() {
                 // Without this the close would look like the end of the body.
-                let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+                stream.reset_on_close();
             } else if conn.body_open.get() && result.is_ok() {
                 linger(stream, &[]).await;
             }
@@ -535,9 +582,10 @@ fn fault(error: &hyper::Error, unsaid: Option<u16>) -> Option<ClientFault> {
 /// Says the last words and lets a client that is still sending read them before the socket goes:
 /// closing with unread bytes makes the kernel send a reset, which may overtake the answer (RFC 9112
 /// section 9.6).
-async fn linger(mut stream: TcpStream, last_words: &[u8]) {
+pub(super) async fn linger(mut stream: Stream, last_words: &[u8]) {
     let _ = tokio::time::timeout(LINGER, async {
         let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, last_words).await;
+        let _ = tokio::io::AsyncWriteExt::flush(&mut stream).await;
         let _ = tokio::io::AsyncWriteExt::shutdown(&mut stream).await;
         let mut scratch = vec![0; 16 << 10];
         let mut left = LINGER_BYTES;

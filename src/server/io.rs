@@ -13,29 +13,27 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use smallvec::SmallVec;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::conn::Conn;
+use crate::net::Stream;
 
 /// A client's socket.
 #[derive(Debug)]
 pub struct ClientIo {
-    stream: TcpStream,
+    stream: Stream,
     /// Read from the socket before, not yet by HTTP.
     ahead: Bytes,
     conn: Rc<Conn>,
 }
 
 impl ClientIo {
-    pub(super) fn new(stream: TcpStream, ahead: Bytes, conn: Rc<Conn>) -> Self {
+    pub(super) fn new(stream: Stream, ahead: Bytes, conn: Rc<Conn>) -> Self {
         Self { stream, ahead, conn }
     }
 
     /// Gives the socket back, with what was read ahead and never taken.
-    pub fn into_parts(self) -> (TcpStream, Bytes) {
+    pub fn into_parts(self) -> (Stream, Bytes) {
         (self.stream, self.ahead)
     }
 
@@ -73,7 +71,7 @@ const GATHERED: usize = 2 << 10;
 
 /// Writes `bufs`, `len` bytes together, in one system call.
 pub fn write_vectored(
-    stream: &mut TcpStream,
+    stream: &mut Stream,
     cx: &mut Context<'_>,
     bufs: &[io::IoSlice<'_>],
     len: usize,
@@ -152,6 +150,8 @@ impl AsyncWrite for ClientIo {
     /// kernel.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_interim(cx))?;
+        // TLS may hold back what the socket did not take.
+        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
         self.conn.flushed();
         Poll::Ready(Ok(()))
     }

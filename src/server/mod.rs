@@ -5,7 +5,7 @@
 //! connection that waits for a request costs its socket and a small task: the HTTP machinery is
 //! built when the first byte comes and put away when the connection has been quiet for a moment.
 
-use std::{future::Future, net::SocketAddr, rc::Rc, time::Duration};
+use std::{future::Future, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -14,12 +14,16 @@ use hyper::body::Incoming;
 mod accept;
 mod conn;
 pub mod drain;
+mod greet;
 mod io;
 pub mod listener;
+pub mod tls;
 
+pub use crate::net::proxy_protocol::ProxyProtocol;
 pub use accept::{Accepting, serve};
 pub use conn::{Abort, Conn, Takeover};
 pub use io::{ClientIo, write_vectored};
+pub use tls::{ClientCertificate, Handshake};
 
 /// Whoever answers the requests of a connection.
 pub trait Service {
@@ -28,8 +32,15 @@ pub trait Service {
     /// What the service knows of a client for as long as it is connected.
     type Client: 'static;
 
-    /// A client connected. What this returns is dropped when the client is gone.
-    fn opened(&self, origin: Origin) -> Self::Client;
+    /// What is expected of whoever connects there.
+    fn door(&self, origin: &Origin) -> Door;
+
+    /// A client connected, perhaps with a certificate. What this returns is dropped when the client
+    /// is gone.
+    fn opened(&self, origin: Origin, certificate: Option<ClientCertificate>) -> Self::Client;
+
+    /// A handshake at that listener ended.
+    fn shook_hands(&self, listener: usize, how: Handshake);
 
     /// Answers one request. Dropped when the client goes away.
     fn call(
@@ -43,6 +54,19 @@ pub trait Service {
     /// request to answer. For logs and counters; returns the whole answer as it goes over the
     /// wire, or nothing.
     fn refused(&self, client: &Self::Client, refusal: &Refusal<'_>) -> Bytes;
+}
+
+/// What is expected of whoever connects.
+#[derive(Clone, Debug, Default)]
+pub struct Door {
+    /// Whether a load balancer says first who the client is.
+    pub proxy_protocol: ProxyProtocol,
+    /// `None`: clear text.
+    pub tls: Option<Arc<tls::Tls>>,
+    /// HTTP/1.1 is spoken.
+    pub http1: bool,
+    /// HTTP/2 is spoken.
+    pub h2: bool,
 }
 
 /// A connection that ends without a request.
@@ -88,6 +112,10 @@ pub struct Limits {
     pub body_idle: Duration,
     /// Connections at once on this worker.
     pub connections: usize,
+    /// A TLS handshake, the wait for its turn included.
+    pub handshake: Duration,
+    /// TLS handshakes at once on this worker.
+    pub handshakes: usize,
 }
 
 /// Where a connection came in, and from whom.
@@ -95,8 +123,10 @@ pub struct Limits {
 pub struct Origin {
     /// Which listener, by the number that [`serve`] was given.
     pub listener: usize,
-    /// The client's end.
+    /// The client's end. What the PROXY protocol tells takes the place of the socket's.
     pub peer: SocketAddr,
-    /// Our end.
+    /// Our end, likewise.
     pub local: SocketAddr,
+    /// Whether it is below TLS.
+    pub secure: bool,
 }

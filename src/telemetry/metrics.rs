@@ -6,6 +6,7 @@
 //! of the tables are counted as `other`, and nodes come from discovery, at most [`NODES`] of them.
 
 use std::{
+    collections::BTreeMap,
     fmt::{self, Write as _},
     sync::{
         Arc, Mutex, PoisonError,
@@ -90,6 +91,12 @@ families! {
         "Bytes of response bodies.";
     CONNECTIONS = gauge "litegate_downstream_connections" ["listener"]
         "Clients connected.";
+    HANDSHAKES = counter "litegate_tls_handshakes_total" ["listener", "outcome"]
+        "TLS handshakes: `done`, `failed`, or `timed_out` within `limits.tls_handshake`.";
+    RENEWALS = counter "litegate_certificate_reloads_total" ["listener", "outcome"]
+        "Changed certificate files: in force (`applied`), or wrong (`refused`), so that the former stay.";
+    CERTIFICATES = gauge "litegate_certificate_expiry_timestamp_seconds" ["listener", "certificate"]
+        "When each certificate in force ends.";
     TUNNELS = gauge "litegate_tunnels" []
         "Upgraded connections, WebSockets among them.";
     TUNNELS_CLOSED = counter "litegate_tunnels_closed_total" ["reason"]
@@ -378,6 +385,20 @@ impl DiscoveryCells {
     }
 }
 
+/// How a TLS handshake ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum HandshakeOutcome {
+    /// There is a session.
+    Done,
+    /// There is none.
+    Failed,
+    /// There was none in time.
+    TimedOut,
+}
+
+/// In the order of [`HandshakeOutcome`].
+const HANDSHAKE_OUTCOMES: [&str; 3] = ["done", "failed", "timed_out"];
+
 /// One worker's cells for one configuration.
 #[derive(Debug)]
 pub struct Shard {
@@ -401,6 +422,7 @@ struct ListenerCells {
     abandoned: Cell,
     received: Cell,
     sent: Cell,
+    handshakes: [Cell; HANDSHAKE_OUTCOMES.len()],
 }
 
 #[derive(Debug)]
@@ -537,6 +559,14 @@ impl Shard {
     pub fn connection_opened(&self, listener: usize) {
         if let Some((_, cells)) = self.listeners.get(listener) {
             cells.connections.add(1);
+        }
+    }
+
+    /// A TLS handshake ended.
+    pub fn shook_hands(&self, listener: usize, outcome: HandshakeOutcome) {
+        let cells = self.listeners.get(listener);
+        if let Some(cell) = cells.and_then(|(_, cells)| cells.handshakes.get(outcome as usize)) {
+            cell.add(1);
         }
     }
 
@@ -717,6 +747,9 @@ pub struct Metrics {
     changes: Mutex<Vec<(Arc<str>, Changes)>>,
     discovery: Mutex<Vec<(Arc<str>, Arc<DiscoveryCells>)>>,
     standings: Mutex<Vec<(Arc<str>, Ask)>>,
+    /// By listener: applied, refused.
+    renewals: Mutex<BTreeMap<Arc<str>, [u64; 2]>>,
+    certificates: Mutex<Vec<(Arc<str>, String, Duration)>>,
     reloads: [AtomicU64; 2],
     last_reload: AtomicU64,
     last_reload_failed: AtomicU64,
@@ -769,6 +802,8 @@ impl Metrics {
             changes: Mutex::default(),
             discovery: Mutex::default(),
             standings: Mutex::default(),
+            renewals: Mutex::default(),
+            certificates: Mutex::default(),
             reloads: [AtomicU64::new(0), AtomicU64::new(0)],
             last_reload: AtomicU64::new(unix_now().to_bits()),
             last_reload_failed: AtomicU64::new(0),
@@ -875,6 +910,23 @@ impl Metrics {
         }
     }
 
+    /// A listener's certificate files were found changed.
+    pub fn renewed(&self, listener: &str, applied: bool) {
+        let mut all = self.renewals.lock().unwrap_or_else(PoisonError::into_inner);
+        let [ok, refused] = all.entry(listener.into()).or_default();
+        *(if applied { ok } else { refused }) += 1;
+    }
+
+    /// The certificates that are in force: of which listener, in which file, until when.
+    pub fn certificates(&self, all: Vec<(Arc<str>, String, Duration)>) {
+        let mut renewals = self.renewals.lock().unwrap_or_else(PoisonError::into_inner);
+        for (listener, ..) in &all {
+            renewals.entry(Arc::clone(listener)).or_default();
+        }
+        drop(renewals);
+        *self.certificates.lock().unwrap_or_else(PoisonError::into_inner) = all;
+    }
+
     /// The text that Prometheus scrapes.
     pub fn render(&self, clusters: &mut [Seen]) -> String {
         let mut page = Page::default();
@@ -953,6 +1005,20 @@ impl Metrics {
         for (cell, result) in self.reloads.iter().zip(["applied", "refused"]) {
             page.line(RELOADS, &[result], cell.load(Relaxed));
         }
+        page.family(RENEWALS);
+        let renewals = self.renewals.lock().unwrap_or_else(PoisonError::into_inner);
+        for (listener, counts) in renewals.iter() {
+            for (n, outcome) in counts.iter().zip(["applied", "refused"]) {
+                page.line(RENEWALS, &[listener, outcome], n);
+            }
+        }
+        drop(renewals);
+        page.family(CERTIFICATES);
+        let all = self.certificates.lock().unwrap_or_else(PoisonError::into_inner);
+        for (listener, file, until) in all.iter() {
+            page.line(CERTIFICATES, &[listener, file], until.as_secs());
+        }
+        drop(all);
         page.one(RELOAD_SUCCESSFUL, 1 - self.last_reload_failed.load(Relaxed));
         page.one(RELOAD_TIMESTAMP, f64::from_bits(self.last_reload.load(Relaxed)));
         page.one(LOG_DROPPED, self.log_dropped.load(Relaxed));
@@ -1009,6 +1075,17 @@ fn requests(page: &mut Page, shards: &[Arc<Shard>]) {
                 own.map(|(_, cells)| count(cells)).fold(0, u64::wrapping_add)
             });
             page.line(family, &[listener], n);
+        }
+    }
+    page.family(HANDSHAKES);
+    for listener in &listeners {
+        for (place, outcome) in HANDSHAKE_OUTCOMES.iter().enumerate() {
+            let n = sum(shards, |s| {
+                let own = s.listeners.iter().filter(|(name, _)| name == *listener);
+                let cells = own.filter_map(|(_, cells)| cells.handshakes.get(place));
+                cells.map(Cell::get).fold(0, u64::wrapping_add)
+            });
+            page.line(HANDSHAKES, &[listener, outcome], n);
         }
     }
     let clusters = distinct(shards, |s| s.clusters.iter().map(|(name, _)| name).collect());
@@ -1350,6 +1427,7 @@ mod tests {
             &Change::Primary { from: None, to: Arc::from("a"), term: 1, gap: Duration::ZERO },
         );
         metrics.discovery(&cluster);
+        metrics.certificates(vec![(Arc::clone(&listener), "tls.crt".into(), Duration::ZERO)]);
         metrics.ask([(Arc::clone(&cluster), Standing::default)]);
         let node = Node {
             id: crate::topology::NodeId(1),

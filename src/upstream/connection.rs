@@ -24,14 +24,14 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     time::{Instant, timeout},
 };
 
 use super::interim;
 use crate::{
     decide::{Failure, FailureKind},
+    net::{Stream, proxy_protocol::Introduction},
     server::write_vectored,
     telemetry::metrics::Opened,
 };
@@ -46,6 +46,8 @@ pub struct Connection<B: Body + 'static> {
     wire: Rc<Wire>,
     /// Exchanges begun on it.
     uses: u64,
+    /// The client whose requests alone it carries, if the node was told.
+    speaks_for: Option<Introduction>,
     /// When it was last put into a pool.
     idle_since: Instant,
     /// Counts it as open for as long as it is there.
@@ -121,13 +123,24 @@ where
     B: Body<Data = Bytes> + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    /// Connects, within `limit`.
-    pub async fn open(address: SocketAddr, limit: Duration) -> Result<Self, ConnectError> {
-        let stream = timeout(limit, TcpStream::connect(address))
+    /// Connects, within `limit`, and says first whom it speaks for.
+    pub async fn open(
+        address: SocketAddr,
+        speaks_for: Option<Introduction>,
+        limit: Duration,
+    ) -> Result<Self, ConnectError> {
+        let connect = async {
+            let mut stream = Stream::connect(address).await?;
+            let _ = stream.set_nodelay(true);
+            if let Some(introduction) = speaks_for {
+                stream.write_all(&introduction.header()).await?;
+            }
+            Ok(stream)
+        };
+        let stream = timeout(limit, connect)
             .await
             .map_err(|_elapsed| ConnectError::Timeout)?
             .map_err(ConnectError::Io)?;
-        let _ = stream.set_nodelay(true);
         let wire = Rc::new(Wire::default());
         let io = TokioIo::new(NodeIo { stream, wire: Rc::clone(&wire) });
         let (sender, driver) = http1::Builder::new()
@@ -141,6 +154,7 @@ where
             ended: false,
             wire,
             uses: 0,
+            speaks_for,
             idle_since: Instant::now(),
             opened: None,
         })
@@ -159,6 +173,11 @@ where
     /// Whether this connection has carried a request before the current one.
     pub fn is_reused(&self) -> bool {
         self.uses > 1
+    }
+
+    /// The client whose requests alone it carries.
+    pub fn speaks_for(&self) -> Option<Introduction> {
+        self.speaks_for
     }
 
     /// Marks it idle from `now` on.
@@ -236,7 +255,7 @@ where
     }
 
     /// After a 101: takes the socket out of HTTP, with what the node already sent on it.
-    pub async fn into_stream(mut self: Box<Self>) -> (TcpStream, Bytes) {
+    pub async fn into_stream(mut self: Box<Self>) -> (Stream, Bytes) {
         poll_fn(|cx| {
             self.poll_driver(cx);
             if self.ended { Poll::Ready(()) } else { Poll::Pending }
@@ -250,7 +269,7 @@ where
 /// A node's socket.
 #[derive(Debug)]
 pub struct NodeIo {
-    stream: TcpStream,
+    stream: Stream,
     wire: Rc<Wire>,
 }
 
@@ -323,8 +342,12 @@ impl AsyncWrite for NodeIo {
         true
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.wire.broken.get() {
+            return Poll::Ready(Ok(()));
+        }
+        let result = Pin::new(&mut self.stream).poll_flush(cx);
+        self.wrote(0, result.map_ok(|()| 0)).map_ok(|_| ())
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -13,7 +13,10 @@ use hyper::body::Body;
 use tokio::time::Instant;
 
 use super::{Connection, Gate};
-use crate::topology::{NodeId, Topology};
+use crate::{
+    net::proxy_protocol::Introduction,
+    topology::{NodeId, Topology},
+};
 
 /// This worker's share of what a node may be asked for.
 #[derive(Clone, Copy, Debug)]
@@ -53,10 +56,16 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     /// The idle connection that was used last, if one is still good: the others grow old and are
-    /// closed, so that a pool shrinks to what is needed.
-    pub fn take_idle(&self, now: Instant) -> Option<Box<Connection<B>>> {
+    /// closed, so that a pool shrinks to what is needed. One that `speaks_for` somebody carries
+    /// nobody else's requests.
+    pub fn take_idle(
+        &self,
+        now: Instant,
+        speaks_for: Option<Introduction>,
+    ) -> Option<Box<Connection<B>>> {
         let mut idle = self.idle.borrow_mut();
-        while let Some(mut connection) = idle.pop() {
+        while let Some(last) = idle.iter().rposition(|c| c.speaks_for() == speaks_for) {
+            let mut connection = idle.remove(last);
             if connection.idle_for(now) < self.limits.idle_for && connection.is_usable() {
                 return Some(connection);
             }

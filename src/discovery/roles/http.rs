@@ -15,6 +15,7 @@ pub(in crate::discovery) async fn follow(
     member: SocketAddr,
     asked: SocketAddr,
     path: Box<str>,
+    opening: Vec<u8>,
     every: Duration,
     limit: Duration,
     observer: Observer,
@@ -24,7 +25,7 @@ pub(in crate::discovery) async fn follow(
     let mut was_silent = false;
     loop {
         ticks.tick().await;
-        let saw = match call::status(asked, &path, limit).await {
+        let saw = match call::status(asked, &path, &opening, limit).await {
             Ok(status) => {
                 let is_primary = status == ::http::StatusCode::OK;
                 Saw::Claim { address: member, claim: Claim { is_primary, ..Claim::default() } }

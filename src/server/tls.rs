@@ -1,0 +1,420 @@
+//! TLS to clients: which certificate for which name, whose certificates are asked for, and files
+//! that change under us.
+//!
+//! A [`Tls`] belongs to one listener and is shared by all workers: they take its current
+//! configuration once for each connection. [`Tls::look`] builds another when the files are others;
+//! where that fails the former stays in force. Sessions are resumed by tickets, whose keys outlive
+//! a change of certificates but not one of whose clients are let in: a resumed session is not
+//! verified again.
+
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use rustls::{
+    RootCertStore, ServerConfig,
+    crypto::CryptoProvider,
+    pki_types::CertificateDer,
+    server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier},
+    sign::CertifiedKey,
+};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsAcceptor;
+use x509_cert::{
+    Certificate,
+    der::Decode as _,
+    ext::pkix::{SubjectAltName, name::GeneralName},
+};
+
+use crate::net::{
+    Stream,
+    pem::{self, FileError, Stamp},
+};
+
+/// The largest client certificate that is passed on whole.
+const PASSED_ON: usize = 8 << 10;
+/// The longest subject that is passed on.
+const SUBJECT: usize = 1024;
+
+/// The files that a listener's TLS is made of, and how.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Files {
+    /// Certificate chains with their keys. The first is for clients that name no host, or one that
+    /// nobody has.
+    pub certificates: Vec<(PathBuf, PathBuf)>,
+    /// Who signs clients' certificates. `None`: clients are not asked for any.
+    pub clients: Option<(PathBuf, Need)>,
+    /// ALPN, best first.
+    pub protocols: Vec<&'static [u8]>,
+}
+
+/// Whether a client may come without a certificate.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Need {
+    /// It may.
+    Optional,
+    /// It may not.
+    Required,
+}
+
+/// A listener's TLS.
+pub struct Tls {
+    files: Files,
+    current: ArcSwap<ServerConfig>,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Of the files that are in force, or were refused last.
+    stamps: Vec<Stamp>,
+    /// Of files that may still be in the middle of a change.
+    unsettled: Option<Vec<Stamp>>,
+    clients: Vec<CertificateDer<'static>>,
+    expiries: Vec<(PathBuf, Duration)>,
+}
+
+impl std::fmt::Debug for Tls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tls").field("files", &self.files).finish_non_exhaustive()
+    }
+}
+
+/// What a look at the files came to.
+#[derive(Debug)]
+pub enum Look {
+    /// They are as they were, or still changing.
+    Same,
+    /// They are others, and in force.
+    Renewed,
+    /// They are others, and wrong: the former stay in force.
+    Refused(FileError),
+}
+
+impl Tls {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// What is wrong with one of them.
+    pub fn load(files: Files) -> Result<Self, FileError> {
+        let stamps = files.stamps();
+        let (config, state) = files.build(stamps, None)?;
+        Ok(Self { files, current: ArcSwap::new(config), state: Mutex::new(state) })
+    }
+
+    /// What it is made of.
+    pub fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// When each certificate ends, since 1970.
+    pub fn expiries(&self) -> Vec<(PathBuf, Duration)> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).expiries.clone()
+    }
+
+    /// Reads the files again if they are others than before, and were the same at the look before
+    /// this one: a certificate and its key are two files.
+    pub fn look(&self) -> Look {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let stamps = self.files.stamps();
+        if stamps == state.stamps {
+            state.unsettled = None;
+            return Look::Same;
+        }
+        if state.unsettled.as_ref() != Some(&stamps) {
+            state.unsettled = Some(stamps);
+            return Look::Same;
+        }
+        state.unsettled = None;
+        let before = (Arc::clone(&self.current.load().ticketer), &state.clients);
+        match self.files.build(stamps.clone(), Some(before)) {
+            Ok((config, next)) => {
+                *state = next;
+                self.current.store(config);
+                Look::Renewed
+            }
+            Err(error) => {
+                // Not again before they change once more.
+                state.stamps = stamps;
+                Look::Refused(error)
+            }
+        }
+    }
+
+    /// Shakes hands.
+    pub(super) async fn accept(&self, socket: TcpStream) -> io::Result<Greeting> {
+        let acceptor = TlsAcceptor::from(self.current.load_full());
+        let session = acceptor.accept(socket).await?;
+        let (_, connection) = session.get_ref();
+        let certificate = connection.peer_certificates().and_then(<[_]>::first);
+        Ok(Greeting {
+            certificate: certificate.map(ClientCertificate::of),
+            h2: connection.alpn_protocol() == Some(b"h2"),
+            stream: Stream::Tls(Box::new(session.into())),
+        })
+    }
+}
+
+/// What came of a handshake.
+pub(super) struct Greeting {
+    pub(super) stream: Stream,
+    pub(super) certificate: Option<ClientCertificate>,
+    /// The client wants HTTP/2.
+    pub(super) h2: bool,
+}
+
+/// How a handshake ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Handshake {
+    /// There is a session.
+    Done,
+    /// The client, its certificate or its idea of TLS would not do.
+    Failed,
+    /// It took too long, the wait for a place included.
+    TimedOut,
+}
+
+/// A client's certificate, whose signature was verified.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ClientCertificate {
+    /// DER. Empty if it is too large to be passed on.
+    pub der: Box<[u8]>,
+    /// RFC 4514: `CN=ada,O=abaci`. Empty where it has none, or one that is too long.
+    pub subject: Box<str>,
+}
+
+impl ClientCertificate {
+    fn of(certificate: &CertificateDer<'_>) -> Self {
+        let parsed = Certificate::from_der(certificate).ok();
+        let subject = parsed.map(|parsed| parsed.tbs_certificate().subject().to_string());
+        let subject = subject.filter(|subject| subject.len() <= SUBJECT).unwrap_or_default();
+        let der: &[u8] = if certificate.len() <= PASSED_ON { certificate } else { &[] };
+        Self { der: der.into(), subject: subject.into() }
+    }
+}
+
+type Before<'a> = (Arc<dyn rustls::server::ProducesTickets>, &'a Vec<CertificateDer<'static>>);
+
+impl Files {
+    fn stamps(&self) -> Vec<Stamp> {
+        let pairs = self.certificates.iter().flat_map(|(certificate, key)| [certificate, key]);
+        pairs.chain(self.clients.iter().map(|(ca, _)| ca)).map(|path| Stamp::of(path)).collect()
+    }
+
+    fn build(
+        &self,
+        stamps: Vec<Stamp>,
+        before: Option<Before<'_>>,
+    ) -> Result<(Arc<ServerConfig>, State), FileError> {
+        let provider = pem::provider();
+        let first = self.certificates.first().map(|(certificate, _)| certificate.as_path());
+        let first = first.unwrap_or(Path::new(""));
+        let mut names = Names::default();
+        let mut expiries = Vec::new();
+        for (certificate, key) in &self.certificates {
+            let expires = names.add(certificate, key, &provider)?;
+            expiries.push((certificate.clone(), expires));
+        }
+        let wrong = |error: rustls::Error| FileError::new(first, error);
+        let config = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()
+            .map_err(wrong)?;
+        let mut clients = Vec::new();
+        let config = match &self.clients {
+            None => config.with_no_client_auth(),
+            Some((path, need)) => {
+                clients = pem::certificates(path)?;
+                let mut roots = RootCertStore::empty();
+                for certificate in &clients {
+                    roots.add(certificate.clone()).map_err(|error| FileError::new(path, error))?;
+                }
+                let builder =
+                    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+                let verifier = match need {
+                    Need::Optional => builder.allow_unauthenticated(),
+                    Need::Required => builder,
+                };
+                let verifier = verifier.build().map_err(|error| FileError::new(path, error))?;
+                config.with_client_cert_verifier(verifier)
+            }
+        };
+        let mut config = config.with_cert_resolver(Arc::new(names));
+        config.alpn_protocols = self.protocols.iter().map(|name| name.to_vec()).collect();
+        // Tickets hold all that a resumption needs.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.ticketer = match before {
+            Some((ticketer, before)) if *before == clients => ticketer,
+            _ => rustls::crypto::ring::Ticketer::new().map_err(wrong)?,
+        };
+        let state = State { stamps, unsettled: None, clients, expiries };
+        Ok((Arc::new(config), state))
+    }
+}
+
+/// Which certificate for which host.
+#[derive(Debug, Default)]
+struct Names {
+    all: Vec<Arc<CertifiedKey>>,
+    /// Their places, by whole names and by what follows a `*.`, in lower case.
+    exact: HashMap<Box<str>, Vec<usize>>,
+    below: HashMap<Box<str>, Vec<usize>>,
+}
+
+impl Names {
+    /// Returns when it ends.
+    fn add(
+        &mut self,
+        certificate: &Path,
+        key: &Path,
+        provider: &CryptoProvider,
+    ) -> Result<Duration, FileError> {
+        let chain = pem::certificates(certificate)?;
+        let wrong = |error: x509_cert::der::Error| FileError::new(certificate, error);
+        let first = chain.first().map(AsRef::as_ref).unwrap_or_default();
+        let parsed = Certificate::from_der(first).map_err(wrong)?;
+        let parsed = parsed.tbs_certificate();
+        let names = parsed.get_extension::<SubjectAltName>().map_err(wrong)?;
+        let key = CertifiedKey::from_der(chain, pem::key(key)?, provider)
+            .map_err(|error| FileError::new(key, error))?;
+        for name in names.iter().flat_map(|(_, names)| &names.0) {
+            let GeneralName::DnsName(name) = name else { continue };
+            let name = name.as_str().to_ascii_lowercase();
+            let (map, name) = match name.strip_prefix("*.") {
+                Some(rest) => (&mut self.below, rest),
+                None => (&mut self.exact, &*name),
+            };
+            map.entry(name.into()).or_default().push(self.all.len());
+        }
+        self.all.push(Arc::new(key));
+        Ok(parsed.validity().not_after.to_unix_duration())
+    }
+
+    /// The places of those for `host`, best first: by name, by wildcard, and the first of all.
+    fn candidates(&self, host: Option<&str>) -> impl Iterator<Item = &Arc<CertifiedKey>> {
+        let host = host.map(str::to_ascii_lowercase);
+        let exact = host.as_ref().and_then(|host| self.exact.get(&**host));
+        // RFC 6125 section 6.4.3: a wildcard stands for one label.
+        let rest = host.as_ref().and_then(|host| host.split_once('.'));
+        let below = rest.and_then(|(_, rest)| self.below.get(rest));
+        let named = exact.into_iter().chain(below).flatten();
+        named.filter_map(|place| self.all.get(*place)).chain(self.all.first())
+    }
+}
+
+impl ResolvesServerCert for Names {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let mut candidates = self.candidates(hello.server_name()).peekable();
+        let best = candidates.peek().map(|key| Arc::clone(key));
+        let schemes = hello.signature_schemes();
+        // One name may have an ECDSA and an RSA certificate.
+        let fits = |key: &&Arc<CertifiedKey>| key.key.choose_scheme(schemes).is_some();
+        candidates.find(fits).map(Arc::clone).or(best)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Writes a self-signed certificate and its key.
+    fn made(directory: &Path, file: &str, names: &[&str]) -> (PathBuf, PathBuf) {
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let made = rcgen::generate_simple_self_signed(names).unwrap();
+        let certificate = directory.join(format!("{file}.crt"));
+        let key = directory.join(format!("{file}.key"));
+        std::fs::write(&certificate, made.cert.pem()).unwrap();
+        std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+        (certificate, key)
+    }
+
+    fn files(certificates: Vec<(PathBuf, PathBuf)>) -> Files {
+        Files { certificates, clients: None, protocols: vec![b"http/1.1"] }
+    }
+
+    #[test]
+    fn each_host_gets_its_certificate_and_others_the_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut names = Names::default();
+        for (file, hosts) in
+            [("a", &["a.test"][..]), ("b", &["b.test", "*.b.test"]), ("c", &["x.b.test"])]
+        {
+            let (certificate, key) = made(directory.path(), file, hosts);
+            names.add(&certificate, &key, &pem::provider()).unwrap();
+        }
+        for (host, want) in [
+            (Some("a.test"), 0),
+            (Some("B.Test"), 1),
+            (Some("www.b.test"), 1),
+            (Some("a.www.b.test"), 0),
+            (Some("x.b.test"), 2),
+            (Some("nobody.test"), 0),
+            (None, 0),
+        ] {
+            let chosen = names.candidates(host).next().unwrap();
+            assert!(Arc::ptr_eq(chosen, &names.all[want]), "{host:?}");
+        }
+    }
+
+    #[test]
+    fn changed_files_are_taken_once_they_have_settled() {
+        let directory = tempfile::tempdir().unwrap();
+        let pair = made(directory.path(), "a", &["a.test"]);
+        let tls = Tls::load(files(vec![pair.clone()])).unwrap();
+        assert!(matches!(tls.look(), Look::Same));
+        let before = tls.current.load_full();
+        made(directory.path(), "a", &["a.test", "b.test"]);
+        assert!(matches!(tls.look(), Look::Same), "it may be in the middle of a change");
+        assert!(matches!(tls.look(), Look::Renewed));
+        let after = tls.current.load_full();
+        assert!(!Arc::ptr_eq(&before, &after));
+        assert!(Arc::ptr_eq(&before.ticketer, &after.ticketer), "sessions can be resumed");
+        assert!(matches!(tls.look(), Look::Same));
+        // A certificate without its key.
+        std::fs::write(&pair.1, "not a key").unwrap();
+        assert!(matches!(tls.look(), Look::Same));
+        let Look::Refused(error) = tls.look() else { panic!("it is wrong") };
+        assert!(error.to_string().contains("a.key"), "{error}");
+        assert!(Arc::ptr_eq(&tls.current.load_full(), &after));
+        assert!(matches!(tls.look(), Look::Same), "it is said once");
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_file_is_said_with_its_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let a = made(directory.path(), "a", &["a.test"]);
+        let b = made(directory.path(), "b", &["b.test"]);
+        let nothing = directory.path().join("nothing");
+        let empty = directory.path().join("empty");
+        std::fs::write(&empty, "").unwrap();
+        for (certificates, clients, want) in [
+            (vec![(nothing.clone(), a.1.clone())], None, "nothing"),
+            (vec![(a.0.clone(), nothing.clone())], None, "nothing"),
+            (vec![(empty.clone(), a.1.clone())], None, "no certificate"),
+            (vec![(a.0.clone(), empty.clone())], None, "empty"),
+            (vec![(a.0.clone(), b.1.clone())], None, "b.key"),
+            (vec![a.clone()], Some((empty.clone(), Need::Required)), "empty"),
+        ] {
+            let files = Files { clients, ..files(certificates) };
+            let error = Tls::load(files).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_change_of_the_clients_authority_ends_their_sessions() {
+        let directory = tempfile::tempdir().unwrap();
+        let pair = made(directory.path(), "a", &["a.test"]);
+        let (ca, _) = made(directory.path(), "ca", &["ca"]);
+        let clients = Some((ca, Need::Optional));
+        let tls = Tls::load(Files { clients, ..files(vec![pair]) }).unwrap();
+        let before = tls.current.load_full();
+        made(directory.path(), "ca", &["ca"]);
+        tls.look();
+        assert!(matches!(tls.look(), Look::Renewed));
+        assert!(!Arc::ptr_eq(&before.ticketer, &tls.current.load_full().ticketer));
+    }
+}
