@@ -160,6 +160,9 @@ impl HandOver {
         if discovery::api(&self.cluster, plan.to.address).is_none() {
             return refused(&name, Not::Possible("the cluster has no LiteFS API".into()));
         }
+        if self.cluster.hold.timeout.is_zero() {
+            return refused(&name, Not::Possible("hold.timeout is 0: no write could wait".into()));
+        }
         let Some(pause) = self.hold.pause() else {
             return refused(&name, Not::Possible("a hand-over is under way already".into()));
         };

@@ -233,13 +233,24 @@ impl Own<'_> {
         (response, body)
     }
 
+    /// What it means for the client: where more is known of a write than its problem says, that.
+    fn meaning(&self) -> &'static str {
+        match self.outcome {
+            Some(WriteOutcome::NotCommitted) => {
+                "The app failed after it got this request, which has changed nothing and never \
+                 will: it can be sent again."
+            }
+            Some(WriteOutcome::Unknown) | None => self.problem.detail(),
+        }
+    }
+
     fn json(&self) -> Bytes {
         let problem = self.problem;
         let mut body = serde_json::json!({
             "type": format!("urn:litegate:problem:{}", problem.as_str()),
             "title": problem.title(),
             "status": problem.status().as_u16(),
-            "detail": problem.detail(),
+            "detail": self.meaning(),
             "error": problem.as_str(),
             "fault": problem.fault().as_str(),
         });
@@ -256,20 +267,16 @@ impl Own<'_> {
 
     fn page(&self) -> Bytes {
         let problem = self.problem;
-        let outcome = match self.outcome {
-            Some(WriteOutcome::NotCommitted) => "<p>Nothing was changed: it can be sent again.",
-            Some(WriteOutcome::Unknown) | None => "",
-        };
         // Every text here is a constant, of the table in `decide/problem.rs`: nothing to escape.
         format!(
             "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" \
              content=\"width=device-width\"><title>{status} {title}</title><style>body{{font:\
              1.1rem/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem;\
-             color-scheme:light dark}}small{{opacity:.7}}</style><h1>{title}</h1><p>{detail}</p>{outcome}\
+             color-scheme:light dark}}small{{opacity:.7}}</style><h1>{title}</h1><p>{detail}</p>\
              <p><small>{status} · {fault} · {word} · litegate</small></p></html>\n",
             status = problem.status().as_u16(),
             title = problem.title(),
-            detail = problem.detail(),
+            detail = self.meaning(),
             fault = problem.fault().sentence(),
             word = problem.as_str(),
         )

@@ -65,6 +65,7 @@ async fn elsewhere_its_client_is_told_that_it_did_not() {
     assert_eq!((answer.status, on), (502, vec![]), "{}", answer.text());
     assert_eq!(answer.field("litegate-write-outcome"), Some("not-committed"));
     assert!(answer.text().contains(r#""write_outcome":"not-committed""#), "{}", answer.text());
+    assert!(answer.text().contains("it can be sent again"), "{}", answer.text());
     assert_eq!(gate.metric("litegate_write_outcomes_total", "not-committed").await, 1);
 }
 

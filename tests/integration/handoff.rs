@@ -174,6 +174,15 @@ async fn what_cannot_be_done_is_refused_before_anything_is_held() {
     assert!(began.elapsed() < PATIENCE);
 }
 
+#[tokio::test]
+async fn where_no_write_may_wait_there_is_no_hand_over() {
+    let keys = format!("{LITEFS}\nhold = {{ timeout = \"0s\" }}");
+    let gate = Gate::with(Options::default(), &keys).await;
+    let (status, report) = hand_over(&gate, "").await;
+    assert_eq!((status, report["outcome"].as_str()), (409, Some("refused")), "{report}");
+    assert_eq!(gate.cluster.primary(), Some(0));
+}
+
 /// Runs the program against the gate. Returns its exit code and what it said.
 async fn litegate(gate: &Gate, arguments: &[&str]) -> (i32, String) {
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_litegate"));
