@@ -279,7 +279,7 @@ impl Proxy {
         cluster.budget.borrow_mut().request(now.into_std());
         if !body.is_end_stream() {
             let (conn, kept) = (Rc::clone(walk.conn), Rc::clone(&self.kept));
-            walk.upload = Some(Upload::new(body, conn, kept, cluster.config.replay.buffer));
+            walk.upload = Some(Upload::new(body, conn, kept, cluster.config.replay.buffer, now));
         }
 
         let mut history = History::default();

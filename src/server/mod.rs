@@ -18,7 +18,7 @@ mod io;
 pub mod listener;
 
 pub use accept::{Accepting, serve};
-pub use conn::{Abort, Conn, Takeover};
+pub use conn::{Abort, Conn, READ_BUFFER, Takeover};
 pub use io::{ClientIo, write_vectored};
 
 /// Whoever answers the requests of a connection.
