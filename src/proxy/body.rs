@@ -20,10 +20,13 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use crate::{server::Conn, upstream::Wire};
+use crate::{
+    server::{Conn, READ_BUFFER},
+    upstream::Wire,
+};
 
 /// The largest frame that hyper hands over: reading ahead stops where one more might not be kept.
-const AHEAD: usize = (64 << 10) + FRAME;
+const AHEAD: usize = READ_BUFFER + FRAME;
 /// What a kept frame costs beyond its bytes: a client may send one byte at a time.
 const FRAME: usize = 64;
 
@@ -100,7 +103,13 @@ struct State {
 
 impl Upload {
     /// For a body that is not empty.
-    pub fn new(source: Incoming, conn: Rc<Conn>, budget: Rc<Budget>, limit: usize) -> Self {
+    pub fn new(
+        source: Incoming,
+        conn: Rc<Conn>,
+        budget: Rc<Budget>,
+        limit: usize,
+        now: Instant,
+    ) -> Self {
         Self(Rc::new(Shared {
             conn,
             state: RefCell::new(State {
@@ -115,7 +124,7 @@ impl Upload {
             }),
             budget,
             limit,
-            progress: Cell::new(Instant::now()),
+            progress: Cell::new(now),
             ended: Cell::new(false),
             failed: Cell::new(false),
             starved: Cell::new(false),

@@ -16,6 +16,7 @@ use super::{
     causal::LastWrites,
     hold::{Hold, Lane},
     session::{Session, cookie_name, unix_millis},
+    tokens::Tokens,
 };
 use crate::{
     config::{self, cluster::Secret},
@@ -101,8 +102,11 @@ pub(super) struct Cluster {
     shard: Arc<Shard>,
     /// What tokens are signed with, and the cluster's id that it was made for.
     key: RefCell<Option<KeyOf>>,
-    /// The token that was read last: a client sends the same one again and again.
-    last: RefCell<Option<(Box<[u8]>, Token)>>,
+    /// Tokens that were signed with it.
+    tokens: RefCell<Tokens>,
+    /// The primaries so far, as this worker last saw them: a session notes by which it was judged,
+    /// and does so without a counter that all workers share.
+    lineage: RefCell<Lineage>,
     cookies: [Box<str>; 2],
 }
 
@@ -145,7 +149,8 @@ impl Cluster {
             turn: Cell::new(0),
             shard,
             key: RefCell::default(),
-            last: RefCell::default(),
+            tokens: RefCell::default(),
+            lineage: RefCell::default(),
             cookies,
         }
     }
@@ -192,7 +197,7 @@ impl Cluster {
                 let secret = self.config.consistency.key.as_ref().map(Secret::expose);
                 let key = Rc::new(Key::derive(secret, id.as_deref().unwrap_or(&self.config.name)));
                 *known = Some((id.clone(), Rc::clone(&key)));
-                *self.last.borrow_mut() = None;
+                self.tokens.borrow_mut().clear();
                 key
             }
         }
@@ -201,30 +206,31 @@ impl Cluster {
     /// Reads a token.
     pub(super) fn read_token(&self, text: &[u8]) -> Result<Token, Void> {
         let key = self.key();
-        if let Some((known, token)) = &*self.last.borrow()
-            && **known == *text
-        {
-            return Ok(token.clone());
+        if let Some(need) = self.tokens.borrow().get(text) {
+            return Ok(Token::Need(need.clone()));
         }
         let longest = self.config.consistency.affinity;
         let token = Token::decode(text, &key, unix_millis(), longest)?;
-        if matches!(token, Token::Need(_)) {
-            *self.last.borrow_mut() = Some((text.into(), token.clone()));
+        if let Token::Need(need) = &token {
+            self.tokens.borrow_mut().keep(text, need);
         }
         Ok(token)
     }
 
-    /// The primaries so far, and the cell of the one that is.
-    pub(super) fn lineage(&self) -> (Arc<[Epoch]>, Option<Arc<Progress>>) {
+    /// Runs `look` on the primaries so far and the cell of the one that is.
+    pub(super) fn history<T>(&self, look: impl FnOnce(&Lineage, Option<&Arc<Progress>>) -> T) -> T {
         let mut topology = self.topology.borrow_mut();
         let topology = topology.latest();
-        let primary = topology.primary().map(|node| Arc::clone(&node.progress));
-        (Arc::clone(&topology.lineage), primary)
+        let mut lineage = self.lineage.borrow_mut();
+        if !Arc::ptr_eq(&lineage, &topology.lineage) {
+            *lineage = Rc::new(Arc::clone(&topology.lineage));
+        }
+        look(&lineage, topology.primary().map(|node| &node.progress))
     }
 
     /// Where the primary is.
     pub(super) fn primary_positions(&self) -> Option<Arc<Positions>> {
-        self.lineage().1.map(|progress| progress.snapshot())
+        self.history(|_, primary| primary.map(|progress| progress.snapshot()))
     }
 
     /// What is counted of tokens here.
@@ -327,6 +333,9 @@ impl Cluster {
                 let positions = node.progress.get();
                 let leading = primary.as_deref().map(|positions| &**positions);
                 load.reach = session.map_or(Reach::Reached, |s| s.reach(&positions, leading));
+                if demands.staleness.is_none() {
+                    continue;
+                }
                 load.age = match &primary {
                     Some(primary) if !primary.is_empty() && !positions.is_empty() => {
                         let behind = positions.behind(primary, now.into_std()).time;
@@ -363,6 +372,9 @@ impl Cluster {
         });
     }
 }
+
+/// The primaries so far, by identity: the same one as before means that no other has begun.
+pub(super) type Lineage = Rc<Arc<[Epoch]>>;
 
 type KeyOf = (Option<Arc<str>>, Rc<Key>);
 

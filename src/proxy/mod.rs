@@ -61,6 +61,7 @@ mod outcome;
 mod refusal;
 mod relay;
 mod session;
+mod tokens;
 mod upgrade;
 mod websocket;
 
@@ -323,7 +324,7 @@ impl Proxy {
         cluster.budget.borrow_mut().request(now.into_std());
         if !body.is_end_stream() {
             let (conn, kept) = (Rc::clone(walk.conn), Rc::clone(&self.kept));
-            walk.upload = Some(Upload::new(body, conn, kept, cluster.config.replay.buffer));
+            walk.upload = Some(Upload::new(body, conn, kept, cluster.config.replay.buffer, now));
         }
 
         let mut history = History::default();
@@ -654,12 +655,13 @@ impl Proxy {
     fn has_gone_back(&self, walk: &Walk<'_>, cluster: &Cluster, node: &Node) -> bool {
         let Some(session) = &walk.session else { return false };
         let here = node.load.progress.get();
-        let (_, primary) = cluster.lineage();
-        if primary.as_ref().is_some_and(|primary| Arc::ptr_eq(primary, &node.load.progress)) {
-            return here.is_primary == Some(false);
-        }
-        let primary = primary.map(|primary| primary.snapshot());
-        session.reach(&here, primary.as_deref()) != Reach::Reached
+        cluster.history(|_, primary| {
+            if primary.is_some_and(|primary| Arc::ptr_eq(primary, &node.load.progress)) {
+                return here.is_primary == Some(false);
+            }
+            let primary = primary.map(|primary| primary.get());
+            session.reach(&here, primary.as_deref().map(|known| &**known)) != Reach::Reached
+        })
     }
 
     /// After a write that failed when bytes of it had left: whether it provably did not run, and

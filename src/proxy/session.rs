@@ -3,24 +3,25 @@
 //! Nothing here is paid for by a client that carries neither a token nor a wish.
 
 use std::{
+    rc::Rc,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use http::{HeaderMap, header};
+use http::HeaderMap;
 use tokio::time::{Instant, timeout_at};
 
-use super::{causal::Last, cluster::Cluster};
+use super::{
+    causal::Last,
+    cluster::{Cluster, Lineage},
+};
 use crate::{
     config::cluster::{Mode, OnRequest},
     decide::{
         self, Class, Consistency, Demands, Problem, Wanted, classify,
-        token::{self, Need, Standing, TOKEN, Token, Void},
+        token::{self, Need, Standing, Token, Void},
     },
-    topology::{
-        Epoch,
-        position::{Position, Positions, Reach},
-    },
+    topology::position::{Position, Positions, Reach},
 };
 
 /// The longest that an exact reading is waited for, where nothing else says how long.
@@ -32,7 +33,7 @@ pub(super) struct Session {
     /// What it must not read the past of.
     pub(super) need: Option<Need>,
     /// The primaries by which `need` was judged.
-    judged_by: Option<Arc<[Epoch]>>,
+    judged_by: Option<Lineage>,
     /// What the last write to the same place needs, on a route whose reads see it.
     pub(super) last: Option<Arc<Last>>,
     /// Its write was lost in a failover, and it is told so with this answer.
@@ -76,10 +77,8 @@ pub(super) async fn of(
         asked = demand.consistency;
         request.demands.staleness = demand.staleness;
     }
-    let has_token = rules.mode != Mode::Off
-        && (headers.contains_key(header::COOKIE) || headers.contains_key(&TOKEN));
     let mut session = Session::default();
-    if has_token && asked != Consistency::Any {
+    if rules.mode != Mode::Off && asked != Consistency::Any {
         let carried = token::carried(headers, cookie);
         if carried.token.is_some() && rules.mode == Mode::Token && !cluster.has_key() {
             session.unread = true;
@@ -132,18 +131,21 @@ impl Session {
             request.demands.primary |= last.is_blind(affinity, Instant::now().into_std());
             return;
         };
-        let (lineage, primary) = cluster.lineage();
-        let known = primary.map(|progress| progress.snapshot());
+        let standing = cluster.history(|lineage, primary| {
+            let known = primary.map(|progress| progress.get());
+            token::judge(need, lineage, known.as_deref().map(|known| &**known))
+        });
         // What a failover lost is nobody's last write any more.
-        if token::judge(need, &lineage, known.as_deref()) != Standing::Gone {
+        if standing != Standing::Gone {
             self.last = Some(last);
         }
     }
 
     /// Whether what a token stands for still is, asking the primary where only it can tell.
     async fn judge(&mut self, cluster: &Cluster, need: Need) {
-        self.judged_by = Some(cluster.lineage().0);
-        match standing(cluster, &need).await {
+        let (standing, by) = standing(cluster, &need).await;
+        self.judged_by = Some(by);
+        match standing {
             Standing::Stands => self.need = Some(need),
             Standing::Gone | Standing::Ahead => {
                 cluster.void(Void::Lost);
@@ -161,7 +163,7 @@ impl Session {
         let Some((database, _)) = database.filter(|_| txid > 0) else { return };
         let position = Position { txid, checksum: 0 };
         let need = Need { lineage: None, databases: [(database, position)].into_iter().collect() };
-        match standing(cluster, &need).await {
+        match standing(cluster, &need).await.0 {
             Standing::Stands => self.need = Some(need),
             Standing::Gone | Standing::Ahead => {
                 cluster.void(Void::Future);
@@ -173,25 +175,30 @@ impl Session {
     /// Looks again after a wait, or when there is an answer: there may be another primary now,
     /// whose history lacks it.
     pub(super) async fn judge_again(&mut self, cluster: &Cluster) {
-        let is_judged =
-            self.judged_by.as_ref().is_some_and(|by| Arc::ptr_eq(by, &cluster.lineage().0));
+        let is_judged = |by| cluster.history(|lineage, _| Rc::ptr_eq(by, lineage));
+        let is_judged = self.judged_by.as_ref().is_some_and(is_judged);
         if let Some(need) = self.need.take_if(|need| !is_judged && need.lineage.is_some()) {
             self.judge(cluster, need).await;
         }
     }
 }
 
-async fn standing(cluster: &Cluster, need: &Need) -> Standing {
-    let (lineage, primary) = cluster.lineage();
-    let known = primary.as_ref().map(|progress| progress.snapshot());
-    let first = token::judge(need, &lineage, known.as_deref());
+/// Whether it stands, and the primaries by which that was judged.
+async fn standing(cluster: &Cluster, need: &Need) -> (Standing, Lineage) {
+    let (first, by, primary) = cluster.history(|lineage, primary| {
+        let known = primary.map(|progress| progress.get());
+        let first = token::judge(need, lineage, known.as_deref().map(|known| &**known));
+        // Asked only where what is known does not tell.
+        let primary = primary.filter(|_| first == Standing::Ahead).cloned();
+        (first, Rc::clone(lineage), primary)
+    });
     if first != Standing::Ahead {
-        return first;
+        return (first, by);
     }
     // Perhaps only the feed is late.
-    let Some(progress) = primary else { return Standing::Stands };
+    let Some(progress) = primary else { return (Standing::Stands, by) };
     cluster.counted(|cells| cells.exact.add(1));
-    match timeout_at(Instant::now() + EXACT, progress.exact()).await {
+    let standing = match timeout_at(Instant::now() + EXACT, progress.exact()).await {
         Ok(Some(exact)) => match need.reach(&exact) {
             Reach::Reached | Reach::Unknown => Standing::Stands,
             Reach::NotYet => Standing::Ahead,
@@ -199,7 +206,8 @@ async fn standing(cluster: &Cluster, need: &Need) -> Standing {
         },
         // Nobody can say: then nothing speaks against it.
         Ok(None) | Err(_) => Standing::Stands,
-    }
+    };
+    (standing, by)
 }
 
 /// The name of the cookie, for the only cluster or for one of several.

@@ -563,8 +563,10 @@ const CONSUMED: [&str; 4] = [
     "invalid transfer-encoding",
     "unexpected transfer-encoding",
 ];
-/// The largest read from a client at once, and the most that waits to be written to it.
-const READ_BUFFER: usize = 64 << 10;
+/// The largest read from a client at once, and the most that waits to be written to it. A body of
+/// 64 KiB and its head come in one read: at 64 KiB the last few hundred bytes would cost a read and
+/// a write of their own.
+pub const READ_BUFFER: usize = 80 << 10;
 
 /// What the client did wrong, by hyper's error and the status that it would have answered with.
 fn fault(error: &hyper::Error, unsaid: Option<u16>) -> Option<ClientFault> {

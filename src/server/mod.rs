@@ -21,7 +21,7 @@ pub mod tls;
 
 pub use crate::net::proxy_protocol::ProxyProtocol;
 pub use accept::{Accepting, serve};
-pub use conn::{Abort, Conn, Takeover};
+pub use conn::{Abort, Conn, READ_BUFFER, Takeover};
 pub use io::{ClientIo, write_vectored};
 pub use tls::{ClientCertificate, Handshake};
 
