@@ -142,10 +142,11 @@ async fn said(world: &World, node: usize, wire: &mut Wire, head: &Head) -> Optio
             Said::ok("", "hinted")
         }
         ("upgrade", _) => {
-            wire.write(
-                b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n",
-            )
-            .await?;
+            let protocol = head.field("upgrade").unwrap_or("echo");
+            let switch = format!(
+                "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: {protocol}\r\n\r\n"
+            );
+            wire.write(switch.as_bytes()).await?;
             let (mut read, mut write) = wire.stream.split();
             let _ = tokio::io::copy(&mut read, &mut write).await;
             Said::Itself(None)

@@ -2,6 +2,7 @@
 
 mod dns;
 mod gate;
+mod h2;
 mod house;
 mod http;
 mod leaving;
