@@ -85,6 +85,8 @@ pub(super) fn limits(config: &Config) -> Limits {
         idle: limits.idle,
         body_idle: limits.body_idle,
         connections: (limits.connections / config.server.workers.get()).max(1),
+        streams: limits.streams,
+        resets: limits.resets,
         handshake: limits.tls_handshake,
         handshakes: (limits.tls_handshakes / config.server.workers.get()).max(1),
     }

@@ -23,6 +23,12 @@ pub struct Limits {
     /// `replay_bytes`: replay buffers of all requests together. Over it: a body is streamed
     /// without being kept, and a replay of it is impossible.
     pub replay_bytes: usize,
+    /// `streams`: HTTP/2 requests at once on one connection. A client that knows better is refused
+    /// the rest.
+    pub streams: usize,
+    /// `resets`: HTTP/2 requests that a client takes back, in a second on one connection. Over it:
+    /// closed.
+    pub resets: usize,
     /// `tls_handshake`: from its first byte to its end, the wait for a turn included. Over it:
     /// closed.
     pub tls_handshake: Duration,

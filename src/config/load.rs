@@ -227,16 +227,18 @@ fn listener(mut section: Section) -> Option<Listener> {
             None
         }
     };
+    const NEITHER: Protocols = Protocols { http1: false, h2: false };
+    let mut protocols = NEITHER;
     for value in section.list("protocols") {
         match &value.kind {
-            Kind::Text(protocol) if protocol == "http/1.1" => {}
-            Kind::Text(protocol) if protocol == "h2" => {
-                section.unsupported(&value, "HTTP/2", "write protocols = [\"http/1.1\"]");
-            }
-            _ => section.wrong("protocols", &value, "\"http/1.1\"", None),
+            Kind::Text(protocol) if protocol == "http/1.1" => protocols.http1 = true,
+            Kind::Text(protocol) if protocol == "h2" => protocols.h2 = true,
+            _ => section.wrong("protocols", &value, "\"http/1.1\" and \"h2\"", None),
         }
     }
-    let protocols = Protocols { http1: true, h2: false };
+    if protocols == NEITHER {
+        protocols = Protocols { http1: true, h2: true };
+    }
     let introduced = [
         ("off", ProxyProtocol::Off),
         ("accept", ProxyProtocol::Accept),
@@ -330,6 +332,8 @@ fn limits(mut section: Section) -> Limits {
         connections: section.count("connections", 1, 20_000),
         replay_bytes: section.size("replay_bytes", 64 << 20),
         tls_handshake: section.duration("tls_handshake", secs(10)),
+        streams: section.count("streams", 1, 100),
+        resets: section.count("resets", 1, 200),
         tls_handshakes: section.count("tls_handshakes", 1, 512),
     }
 }
@@ -964,11 +968,33 @@ tiemout = "30s"
     }
 
     #[test]
-    fn what_comes_later_is_refused_rather_than_ignored() {
-        for (key, what) in [("protocols = [\"h2\"]", "HTTP/2")] {
+    fn both_protocols_are_spoken_where_nothing_is_said() {
+        for (key, http1, h2) in [
+            ("", true, true),
+            ("protocols = [\"http/1.1\"]", true, false),
+            ("protocols = \"h2\"", false, true),
+            ("protocols = [\"http/1.1\", \"h2\"]", true, true),
+        ] {
             let text = LEAST.replace("8080\"", &format!("8080\"\n{key}"));
-            let faults = parsed(&text).unwrap_err();
-            assert!(faults.contains(what) && faults.contains("not supported"), "{faults}");
+            let listener = &parsed(&text).unwrap().listeners[0];
+            assert_eq!(listener.protocols, Protocols { http1, h2 }, "{key}");
+        }
+        let text = LEAST.replace("8080\"", "8080\"\nprotocols = [\"h3\"]");
+        assert!(parsed(&text).unwrap_err().contains("`protocols` needs"));
+    }
+
+    #[test]
+    fn tls_needs_its_files_named() {
+        for (tls, missing) in [
+            ("{}", "certificates"),
+            ("{ certificates = [{ certificate = \"a\" }] }", "`key` is missing"),
+            (
+                "{ certificates = [{ certificate = \"a\", key = \"b\" }], client_auth = \"required\" }",
+                "client_ca",
+            ),
+        ] {
+            let text = LEAST.replace("8080\"", &format!("8080\"\ntls = {tls}"));
+            assert!(parsed(&text).unwrap_err().contains(missing), "{tls}");
         }
     }
 

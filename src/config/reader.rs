@@ -360,12 +360,6 @@ impl Section {
         };
         self.fault(&self.place, message, "here".to_owned(), Some(help.to_owned()));
     }
-
-    /// Says that a key is known, but not in this version.
-    pub(super) fn unsupported(&self, value: &Value, what: &str, help: &str) {
-        let message = format!("{what} is not supported by this version");
-        self.fault(&value.place, message, "this".to_owned(), Some(help.to_owned()));
-    }
 }
 
 impl Drop for Section {

@@ -82,7 +82,7 @@ pub fn schema() -> Value {
         })),
         "listener": { "type": "array", "minItems": 1, "items": table(json!({
             "address": text,
-            "protocols": { "type": "array", "items": { "const": "http/1.1" } },
+            "protocols": { "type": "array", "items": words(&["http/1.1", "h2"]) },
             "tls": table(json!({
                 "certificates": { "type": "array", "minItems": 1, "items": table(json!({
                     "certificate": text, "key": text,
@@ -99,7 +99,7 @@ pub fn schema() -> Value {
         "limits": table(json!({
             "header_bytes": size, "headers": count, "uri_bytes": size, "header_read": duration,
             "idle": duration, "body_idle": duration, "connections": count, "replay_bytes": size,
-            "tls_handshake": duration, "tls_handshakes": count,
+            "streams": count, "resets": count, "tls_handshake": duration, "tls_handshakes": count,
         })),
         "cluster": { "type": "object", "minProperties": 1, "additionalProperties": cluster },
         "route": { "type": "array", "items": table(json!({

@@ -90,6 +90,10 @@ problems! {
     /// The body stopped coming for `limits.body_idle`.
     BodyTimeout = 408, "SL", "body_timeout", "http_request_error", Client,
         "Request timed out", "The request body stopped arriving.";
+    /// An HTTP/2 client sent more than it may of what asks for nothing, or took back too many
+    /// requests (`limits.resets`). Its connection is closed without an answer.
+    Flood = 429, "FL", "flood", "http_request_denied", Client,
+        "Too many frames", "The connection carried a flood of frames that ask for nothing.";
     /// TRACE, and no route allows it; or CONNECT.
     MethodRefused = 405, "BR", "method_refused", "http_request_denied", Client,
         "Method not allowed", "This method is not served here.";

@@ -381,6 +381,35 @@ pub fn wants_upgrade(head: &HeaderMap) -> bool {
         && head.get_all(header::CONNECTION).iter().any(|line| is_token_listed(line, b"upgrade"))
 }
 
+/// Makes one field of the crumbs that HTTP/2 lets a client break its cookies into (RFC 9113
+/// section 8.2.3): HTTP/1.1 has but one.
+pub fn join_cookies(head: &mut HeaderMap) {
+    let mut crumbs = head.get_all(header::COOKIE).iter();
+    let (Some(first), Some(second)) = (crumbs.next(), crumbs.next()) else { return };
+    let mut joined = BytesMut::from(first.as_bytes());
+    for crumb in std::iter::once(second).chain(crumbs) {
+        joined.put_slice(b"; ");
+        joined.put_slice(crumb.as_bytes());
+    }
+    head.insert(header::COOKIE, value(joined.freeze()));
+}
+
+/// Adds what HTTP/1.1 wants of whoever asks for a WebSocket (RFC 6455 section 4.1), and HTTP/2 does
+/// not (RFC 8441 section 5).
+pub fn ask_for_websocket(head: &mut HeaderMap, nonce: u128) {
+    head.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    head.insert(header::SEC_WEBSOCKET_KEY, text(&BASE64.encode(nonce.to_be_bytes())));
+}
+
+/// Removes from a node's 101 what the answer to an extended CONNECT does not have.
+pub fn switched_h2(head: &mut HeaderMap) {
+    head.remove(header::CONNECTION);
+    head.remove(header::UPGRADE);
+    head.remove(header::SEC_WEBSOCKET_ACCEPT);
+    // Of a 101 it says nothing, and of a 2xx to CONNECT it must not be there.
+    head.remove(header::CONTENT_LENGTH);
+}
+
 /// Whether a request waits for `100 Continue`.
 pub fn expects_continue(head: &HeaderMap) -> bool {
     head.get(header::EXPECT).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"100-continue"))
@@ -616,6 +645,19 @@ mod tests {
         let sent = sent(&[("host", "a")], &stranger().below_tls(None));
         assert_eq!(lines(&sent, "forwarded"), ["for=192.0.2.7;host=\"a\";proto=https"]);
         assert_eq!(lines(&sent, "x-forwarded-proto"), ["https"]);
+    }
+
+    #[test]
+    fn crumbs_of_cookies_become_one_field() {
+        let mut several = head(&[("a", "1")]);
+        for crumb in ["a=1", "b=2", "c"] {
+            several.append("cookie", HeaderValue::from_static(crumb));
+        }
+        join_cookies(&mut several);
+        assert_eq!(lines(&several, "cookie"), ["a=1; b=2; c"]);
+        let mut none = head(&[("a", "1")]);
+        join_cookies(&mut none);
+        assert_eq!(none, head(&[("a", "1")]));
     }
 
     #[test]

@@ -7,10 +7,11 @@
 use std::{rc::Rc, sync::Arc, time::Duration};
 
 use http::{
-    HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery,
+    HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
+    uri::{Authority, PathAndQuery},
 };
 use http_body::Body as _;
-use hyper::body::Incoming;
+use hyper::{body::Incoming, ext::Protocol};
 use smallvec::SmallVec;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -210,7 +211,7 @@ impl Proxy {
         request: Request<Incoming>,
     ) -> Response<ResponseBody> {
         let began = self.shard.request_began(conn.origin.listener);
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
         let line = self.log.as_ref().map(|_| Line::of(&parts.uri, parts.version, &parts.headers));
         let html = relay::prefers_html(&parts.headers);
         let mut walk = Walk {
@@ -228,6 +229,7 @@ impl Proxy {
             held: Duration::ZERO,
             host: None,
             upgrade: false,
+            protocol: parts.extensions.remove(),
             preferred: None,
             reach_by: None,
             session: None,
@@ -482,6 +484,14 @@ impl Proxy {
             node.load.cells.attempt(Ok(response.status()), took);
             let connected = Connected::new(connection, Rc::clone(&node), places);
 
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS
+                && !walk.may_switch(response.headers())
+            {
+                tried.ended =
+                    Ended::Failed(Failure { kind: FailureKind::BadResponse, written: true });
+                walk.tried(&mut history, &node, tried);
+                return Err(Problem::BadResponse);
+            }
             let form = replay::form(response.headers(), cluster.config.replay.json);
             if form == Form::None || response.status() == StatusCode::SWITCHING_PROTOCOLS {
                 tried.ended = Ended::Answered(response.status());
@@ -560,6 +570,9 @@ impl Proxy {
         if target > self.config.limits.uri_bytes {
             return Err(Problem::UriTooLong);
         }
+        if walk.version == Version::HTTP_2 {
+            self.inspect_h2(walk)?;
+        }
         if walk.method == Method::CONNECT {
             return Err(Problem::MethodRefused);
         }
@@ -591,7 +604,36 @@ impl Proxy {
         if passed {
             return Err(Problem::Loop);
         }
-        walk.upgrade = walk.version == Version::HTTP_11 && headers::wants_upgrade(&walk.headers);
+        walk.upgrade |= walk.version == Version::HTTP_11 && headers::wants_upgrade(&walk.headers);
+        Ok(())
+    }
+
+    /// What HTTP/2 says otherwise than HTTP/1.1, in the words of the latter.
+    fn inspect_h2(&self, walk: &mut Walk<'_>) -> Result<(), Problem> {
+        // RFC 9113 section 6.5.2: h2 bounds their size, and nobody their number.
+        if walk.headers.len() > self.config.limits.headers {
+            return Err(Problem::HeadTooLarge);
+        }
+        let authority = walk.uri.authority().map(Authority::as_str);
+        let host = walk.headers.get(header::HOST).map(HeaderValue::as_bytes);
+        match (authority, host) {
+            (None, None) => return Err(Problem::Malformed),
+            // RFC 9113 section 8.3.1: they must not differ.
+            (Some(authority), Some(host)) if !host.eq_ignore_ascii_case(authority.as_bytes()) => {
+                return Err(Problem::Malformed);
+            }
+            _ => {}
+        }
+        headers::join_cookies(&mut walk.headers);
+        if let Some(protocol) = walk.protocol.take() {
+            // RFC 8441: a WebSocket over one stream. Nodes know it as an upgrade.
+            if walk.method != Method::CONNECT || protocol.as_str() != "websocket" {
+                return Err(Problem::MethodRefused);
+            }
+            walk.method = Method::GET;
+            walk.upgrade = true;
+            headers::ask_for_websocket(&mut walk.headers, fastrand::u128(..));
+        }
         Ok(())
     }
 
@@ -883,6 +925,11 @@ impl Proxy {
             let websocket =
                 protocol.is_some_and(|p| p.as_bytes().eq_ignore_ascii_case(b"websocket"));
             connected = self.tunnel(walk, cluster, connected, websocket);
+            if walk.version == Version::HTTP_2 {
+                // RFC 8441 section 5: as a CONNECT is answered.
+                parts.status = StatusCode::OK;
+                headers::switched_h2(&mut parts.headers);
+            }
         } else if walk.conn.is_draining() {
             parts.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
@@ -960,6 +1007,8 @@ struct Walk<'p> {
     headers: http::HeaderMap,
     host: Option<HeaderValue>,
     upgrade: bool,
+    /// What an extended CONNECT wants to become.
+    protocol: Option<Protocol>,
     upload: Option<Upload>,
     cluster: Option<&'p Cluster>,
     route: Option<usize>,
@@ -986,6 +1035,14 @@ impl Walk<'_> {
     fn is_secure(&self) -> bool {
         let told = self.headers.get("x-forwarded-proto").filter(|_| self.client.peer.trusted);
         told.map_or(self.client.origin.secure, |proto| proto == "https")
+    }
+
+    /// Whether a node's 101 is what the client asked for. One that nobody asked for can't be
+    /// passed on (RFC 9110 section 15.2.2), and HTTP/2 has no other way to say what it became.
+    fn may_switch(&self, head: &http::HeaderMap) -> bool {
+        let to = head.get(header::UPGRADE);
+        let is_websocket = || to.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"));
+        self.upgrade && (self.version != Version::HTTP_2 || is_websocket())
     }
 
     /// The node whose replay was followed last.

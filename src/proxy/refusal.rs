@@ -38,6 +38,11 @@ impl Proxy {
             ClientFault::HeadTooLarge => Problem::HeadTooLarge,
             ClientFault::UriTooLong => Problem::UriTooLong,
             ClientFault::HeadTimeout => Problem::HeadTimeout,
+            ClientFault::Flood => {
+                self.shard.problem(Problem::Flood);
+                tracing::debug!(peer = %client.origin.peer, "closed a flood of frames");
+                return Bytes::new();
+            }
             ClientFault::Stalled => {
                 // The request whose response it did not take has a line of its own.
                 self.shard.problem(Problem::BodyTimeout);

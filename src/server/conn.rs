@@ -33,13 +33,14 @@ use tokio::{
 
 use super::{
     ClientFault, Limits, Origin, ProxyProtocol, Refusal, Service, drain,
-    greet::{Met, meet},
+    greet::{Met, Protocol, meet},
+    h2,
     io::ClientIo,
 };
 use crate::net::Stream;
 
 /// The longest time between two looks at an active connection's limits.
-const TICK: Duration = Duration::from_secs(1);
+pub(super) const TICK: Duration = Duration::from_secs(1);
 /// How long a connection stays active without a request.
 const PARK_AFTER: Duration = Duration::from_secs(1);
 /// How long a client that is still sending gets to read our last words before the socket closes.
@@ -89,6 +90,8 @@ pub struct Conn {
     has_interim: Cell<bool>,
     takeover: RefCell<Option<Takeover>>,
     reset: Cell<bool>,
+    /// The first bytes are those of HTTP/2.
+    is_h2: Cell<bool>,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -111,7 +114,7 @@ impl fmt::Debug for Conn {
 }
 
 impl Conn {
-    fn new(origin: Origin, drain: drain::Watch) -> Self {
+    pub(super) fn new(origin: Origin, drain: drain::Watch) -> Self {
         Self {
             origin,
             drain,
@@ -132,7 +135,16 @@ impl Conn {
             has_interim: Cell::new(false),
             takeover: RefCell::default(),
             reset: Cell::new(false),
+            is_h2: Cell::new(false),
         }
+    }
+
+    /// For the socket that the streams of an HTTP/2 connection share: it carries no request itself.
+    pub(super) fn link(origin: Origin, drain: drain::Watch) -> Self {
+        let link = Self::new(origin, drain);
+        link.phase.set(Phase::Busy);
+        link.owed.set(true);
+        link
     }
 
     /// Whether this worker is taking nothing new: the answer must close the connection.
@@ -219,7 +231,7 @@ impl Conn {
         self.sent.get()
     }
 
-    fn request_arrived(&self, has_body: bool) {
+    pub(super) fn request_arrived(&self, has_body: bool) {
         if self.phase.get() == Phase::Idle {
             // Pipelined: its bytes came with the request before.
             self.since.set(Instant::now());
@@ -274,6 +286,42 @@ impl Conn {
         self.unsaid.get().is_some()
     }
 
+    /// The bytes that came are not HTTP/1.
+    pub(super) fn found_h2(&self) {
+        self.is_h2.set(true);
+    }
+
+    pub(super) fn is_h2(&self) -> bool {
+        self.is_h2.get()
+    }
+
+    /// So many bytes of a response are with HTTP's machinery.
+    pub(super) fn hand_over(&self, n: usize) {
+        self.sent.set(self.sent.get() + n as u64);
+    }
+
+    pub(super) fn take_takeover(&self) -> Option<Takeover> {
+        self.takeover.borrow_mut().take()
+    }
+
+    /// The deadline, if it was set since it was last asked for.
+    pub(super) fn take_rearm(&self) -> Option<Instant> {
+        self.rearm.take().then(|| self.deadline.get()).flatten()
+    }
+
+    /// Whether the client takes nothing, for too long.
+    pub(super) fn is_stalled(&self, now: Instant, limits: &Limits) -> bool {
+        self.blocked.get().is_some_and(|since| now - since >= limits.body_idle)
+    }
+
+    /// As [`Conn::look`], for one stream of several.
+    pub(super) fn look_at_stream(&self, now: Instant, limits: &Limits) -> Look {
+        if self.is_stalled(now, limits) {
+            return Look::Stop(Stop::Stalled);
+        }
+        self.look_at_service(now, limits)
+    }
+
     pub(super) fn has_interim(&self) -> bool {
         self.has_interim.get()
     }
@@ -292,7 +340,7 @@ impl Conn {
 
     /// Compares how long things have taken with how long they may.
     fn look(&self, now: Instant, limits: &Limits) -> Look {
-        if self.blocked.get().is_some_and(|since| now - since >= limits.body_idle) {
+        if self.is_stalled(now, limits) {
             return Look::Stop(Stop::Stalled);
         }
         let quiet = now - self.since.get();
@@ -310,24 +358,27 @@ impl Conn {
             Phase::Head if self.owed.get() => Look::At(now + TICK),
             Phase::Head if quiet >= limits.header_read => Look::Stop(Stop::HeadTimeout),
             Phase::Head => Look::At((self.since.get() + limits.header_read).min(now + TICK)),
-            Phase::Busy => {
-                let body = self.body_wait.get().map(|since| since + limits.body_idle);
-                let deadline = match (body, self.deadline.get()) {
-                    (Some(body), Some(deadline)) => Some(body.min(deadline)),
-                    (body, deadline) => body.or(deadline),
-                };
-                match deadline {
-                    Some(at) if at <= now && !self.deadline_passed.replace(true) => Look::Poll,
-                    Some(at) if at > now => Look::At(at.min(now + TICK)),
-                    _ => Look::At(now + TICK),
-                }
-            }
+            Phase::Busy => self.look_at_service(now, limits),
+        }
+    }
+
+    /// Whether the service wants to be polled.
+    fn look_at_service(&self, now: Instant, limits: &Limits) -> Look {
+        let body = self.body_wait.get().map(|since| since + limits.body_idle);
+        let deadline = match (body, self.deadline.get()) {
+            (Some(body), Some(deadline)) => Some(body.min(deadline)),
+            (body, deadline) => body.or(deadline),
+        };
+        match deadline {
+            Some(at) if at <= now && !self.deadline_passed.replace(true) => Look::Poll,
+            Some(at) if at > now => Look::At(at.min(now + TICK)),
+            _ => Look::At(now + TICK),
         }
     }
 }
 
 /// What a look at the clock came to.
-enum Look {
+pub(super) enum Look {
     /// Nothing; look again then.
     At(Instant),
     /// The service's deadline has passed: poll it.
@@ -337,7 +388,7 @@ enum Look {
 }
 
 /// Why an active connection stopped.
-enum Stop {
+pub(super) enum Stop {
     /// hyper is done with it.
     Ended(hyper::Result<()>),
     /// Quiet for a moment.
@@ -356,6 +407,8 @@ enum Rest {
     Park(Stream, bool),
     /// Bytes had been read ahead: go on at once.
     Again(Stream, Bytes),
+    /// It is HTTP/2's, beginning with these bytes.
+    H2(Stream, Bytes),
     /// It is over.
     Over,
 }
@@ -381,7 +434,7 @@ pub(super) async fn run<S: Service + 'static>(
         met
     };
     drop((door, handshakes));
-    let Met { mut stream, mut ahead, origin, certificate, protocol: _ } = met;
+    let Met { mut stream, mut ahead, origin, certificate, mut protocol } = met;
     let client = Rc::new(service.opened(origin, certificate));
     let mut idle_since = Instant::now();
     // What came right behind a handshake is with TLS already, and not with the socket.
@@ -391,9 +444,15 @@ pub(super) async fn run<S: Service + 'static>(
             return;
         }
         at_once = false;
+        if protocol == Protocol::H2 {
+            let limits = limits.get();
+            let served = h2::serve(stream, ahead, origin, &client, &service, limits, &drain);
+            return Box::pin(served).await;
+        }
         // Boxed, so that a parked connection does not pay for the space of an active one.
-        let active = Box::pin(active(stream, ahead, origin, &client, &service, &limits, &drain));
-        match active.await {
+        let sniff = protocol == Protocol::Either;
+        let active = active(stream, ahead, sniff, origin, &client, &service, &limits, &drain);
+        match Box::pin(active).await {
             Rest::Park(socket, spoke) => {
                 (stream, ahead) = (socket, Bytes::new());
                 // Records of TLS without a text in them do not keep a connection.
@@ -402,8 +461,13 @@ pub(super) async fn run<S: Service + 'static>(
                 }
             }
             Rest::Again(socket, bytes) => (stream, ahead) = (socket, bytes),
+            Rest::H2(socket, bytes) => {
+                (stream, ahead, protocol) = (socket, bytes, Protocol::H2);
+                continue;
+            }
             Rest::Over => return,
         }
+        protocol = Protocol::Http1;
         idle_since = Instant::now() - PARK_AFTER;
     }
 }
@@ -445,9 +509,11 @@ pub(super) async fn parked(
     }
 }
 
+#[expect(clippy::too_many_arguments, reason = "what a connection is made of, in its one place")]
 async fn active<S: Service + 'static>(
     stream: Stream,
     ahead: Bytes,
+    sniff: bool,
     origin: Origin,
     client: &Rc<S::Client>,
     service: &Rc<S>,
@@ -456,7 +522,7 @@ async fn active<S: Service + 'static>(
 ) -> Rest {
     let limits = limits.get();
     let conn = Rc::new(Conn::new(origin, drain.clone()));
-    let io = TokioIo::new(ClientIo::new(stream, ahead, Rc::clone(&conn)));
+    let io = TokioIo::new(ClientIo::new(stream, ahead, Rc::clone(&conn)).sniffing(sniff));
     let answer = service_fn(|request: http::Request<hyper::body::Incoming>| {
         let (service, conn, client) = (Rc::clone(service), Rc::clone(&conn), Rc::clone(client));
         conn.request_arrived(!http_body::Body::is_end_stream(request.body()));
@@ -509,6 +575,9 @@ async fn active<S: Service + 'static>(
         ahead = parts.read_buf;
     } else if !parts.read_buf.is_empty() {
         ahead = [parts.read_buf, ahead].concat().into();
+    }
+    if conn.is_h2.get() {
+        return Rest::H2(stream, ahead);
     }
     let refused = |fault, head: &[u8], detail: &str| {
         let took = conn.since.get().elapsed();

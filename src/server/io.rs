@@ -15,7 +15,7 @@ use bytes::{Buf, Bytes};
 use smallvec::SmallVec;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::conn::Conn;
+use super::{conn::Conn, frames::Frames};
 use crate::net::Stream;
 
 /// A client's socket.
@@ -25,11 +25,48 @@ pub struct ClientIo {
     /// Read from the socket before, not yet by HTTP.
     ahead: Bytes,
     conn: Rc<Conn>,
+    /// What comes first may be HTTP/2's preface.
+    sniff: bool,
+    /// Where HTTP/2's frames are counted.
+    frames: Option<Rc<Frames>>,
 }
 
 impl ClientIo {
     pub(super) fn new(stream: Stream, ahead: Bytes, conn: Rc<Conn>) -> Self {
-        Self { stream, ahead, conn }
+        Self { stream, ahead, conn, sniff: false, frames: None }
+    }
+
+    /// Tells HTTP/2 from HTTP/1 by the first bytes, and fails at the former. Nothing is read for it
+    /// that would not be read anyway.
+    pub(super) fn sniffing(self, sniff: bool) -> Self {
+        Self { sniff, ..self }
+    }
+
+    /// Counts the frames that come.
+    pub(super) fn counting(self, frames: Rc<Frames>) -> Self {
+        Self { frames: Some(frames), ..self }
+    }
+
+    /// Makes nothing of the bytes in `buf` behind `before` until it is clear what they are.
+    /// Returns whether they, or those kept, are for HTTP/1.
+    fn sniff(&mut self, buf: &mut ReadBuf<'_>, before: usize) -> io::Result<bool> {
+        let new = buf.filled().get(before..).unwrap_or_default();
+        let is_end = new.is_empty();
+        if self.ahead.is_empty()
+            && !(is_end || PREFACE.starts_with(new) || new.starts_with(PREFACE))
+        {
+            self.sniff = false;
+            return Ok(true);
+        }
+        self.conn.read(new.len());
+        self.ahead = [&self.ahead, new].concat().into();
+        buf.set_filled(before);
+        if self.ahead.starts_with(PREFACE) {
+            self.conn.found_h2();
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.sniff = !is_end && PREFACE.starts_with(&self.ahead);
+        Ok(!self.sniff)
     }
 
     /// Gives the socket back, with what was read ahead and never taken.
@@ -65,6 +102,9 @@ impl ClientIo {
     }
 }
 
+/// How HTTP/2 begins (RFC 9113 section 3.4): as much of it as no method of HTTP/1 has.
+const PREFACE: &[u8] = b"PRI ";
+
 /// Up to this many bytes are copied together: a `send` of one piece costs the kernel less than a
 /// `writev` of two by more than the copy does.
 const GATHERED: usize = 2 << 10;
@@ -99,15 +139,25 @@ impl AsyncRead for ClientIo {
         if self.conn.has_interim() {
             let _ = self.poll_interim(cx)?;
         }
+        let before = buf.filled().len();
+        while self.sniff {
+            ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+            if self.sniff(buf, before)? && self.ahead.is_empty() {
+                self.conn.read(buf.filled().len() - before);
+                return Poll::Ready(Ok(()));
+            }
+        }
         if self.ahead.has_remaining() {
             let n = self.ahead.len().min(buf.remaining());
             buf.put_slice(&self.ahead.split_to(n));
-            self.conn.read(n);
-            return Poll::Ready(Ok(()));
+        } else {
+            ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
         }
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
-        self.conn.read(buf.filled().len() - before);
+        let new = buf.filled().get(before..).unwrap_or_default();
+        if let Some(frames) = &self.frames {
+            frames.see(new);
+        }
+        self.conn.read(new.len());
         Poll::Ready(Ok(()))
     }
 }
@@ -157,8 +207,8 @@ impl AsyncWrite for ClientIo {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.conn.is_unsaid() {
-            // The service's answer has yet to go out.
+        if self.conn.is_unsaid() || self.conn.is_h2() {
+            // The service's answer has yet to go out, or all of HTTP/2.
             return Poll::Ready(Ok(()));
         }
         Pin::new(&mut self.stream).poll_shutdown(cx)

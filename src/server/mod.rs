@@ -14,7 +14,9 @@ use hyper::body::Incoming;
 mod accept;
 mod conn;
 pub mod drain;
+mod frames;
 mod greet;
+mod h2;
 mod io;
 pub mod listener;
 pub mod tls;
@@ -28,7 +30,7 @@ pub use tls::{ClientCertificate, Handshake};
 /// Whoever answers the requests of a connection.
 pub trait Service {
     /// The response body.
-    type Body: http_body::Body<Data = Bytes, Error = Abort> + 'static;
+    type Body: http_body::Body<Data = Bytes, Error = Abort> + Unpin + 'static;
     /// What the service knows of a client for as long as it is connected.
     type Client: 'static;
 
@@ -95,6 +97,8 @@ pub enum ClientFault {
     HeadTimeout,
     /// A response was not taken for too long: closed.
     Stalled,
+    /// Frames that ask for nothing, or requests taken back, beyond all measure: closed.
+    Flood,
 }
 
 /// What a client may take its time for, and how much it may send.
@@ -116,6 +120,10 @@ pub struct Limits {
     pub handshake: Duration,
     /// TLS handshakes at once on this worker.
     pub handshakes: usize,
+    /// HTTP/2 requests at once on one connection.
+    pub streams: usize,
+    /// HTTP/2 requests that a client may take back on one connection, in a second.
+    pub resets: usize,
 }
 
 /// Where a connection came in, and from whom.

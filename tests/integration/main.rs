@@ -3,6 +3,7 @@
 mod dns;
 mod failover;
 mod gate;
+mod h2;
 mod handoff;
 mod house;
 mod http;

@@ -76,7 +76,6 @@ fn cases() -> Vec<Case> {
         case("a blank target", "GET  HTTP/1.1\r\nhost: a\r\n\r\n", 400, "malformed", None, None),
         case("a future version", "GET /here HTTP/1.7\r\n\r\n", 400, "malformed", get, here),
         case("no version", "GET /here\r\nhost: a\r\n\r\n", 400, "malformed", None, None),
-        case("h2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "malformed", Some("PRI"), Some("*")),
         case(
             "a name with a blank",
             "GET /here HTTP/1.1\r\nho st: a\r\n\r\n",

@@ -1,0 +1,318 @@
+//! One client connection that speaks HTTP/2.
+//!
+//! hyper and h2 do the framing. Each stream has a [`Conn`] of its own, whose deadlines are kept by
+//! a timer around the stream's task; another `Conn`, the *link*, notes what happens on the socket
+//! they share. [`Frames`] watches what the client sends for floods.
+
+use std::{
+    cell::{Cell, RefCell},
+    convert::Infallible,
+    error::Error as _,
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
+    rc::Rc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::Method;
+use http_body::{Body, Frame, SizeHint};
+use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::service_fn};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+
+use super::{
+    Abort, ClientFault, Limits, Origin, Refusal, Service,
+    conn::{Conn, Look, TICK},
+    drain,
+    frames::Frames,
+    io::ClientIo,
+};
+use crate::net::Stream;
+
+/// How long a client may take to hang up when it has been told to and nothing is under way.
+const GOING: Duration = Duration::from_secs(2);
+/// What a client may send on one stream ahead of what is asked for. The connection's window has
+/// room for all streams at once: with less, bodies of requests that wait their turn would keep out
+/// those of the requests that they wait for.
+const STREAM_WINDOW: u32 = 128 << 10;
+/// The most of one response that waits in memory for a client's window or socket.
+const SEND_BUFFER: usize = 64 << 10;
+
+/// What the streams of one connection share.
+struct Shared {
+    /// Streams under way.
+    open: Cell<usize>,
+    /// When the last one ended.
+    idle_since: Cell<Instant>,
+    /// A request that hyper is about to spawn the task of.
+    latest: RefCell<Option<Rc<Conn>>>,
+    /// Aborted with the connection.
+    tasks: RefCell<JoinSet<()>>,
+    limits: Limits,
+}
+
+impl Shared {
+    fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        let mut tasks = self.tasks.borrow_mut();
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_local(task);
+    }
+}
+
+/// A stream under way, until dropped.
+struct Open(Rc<Shared>);
+
+impl Open {
+    fn new(shared: &Rc<Shared>) -> Self {
+        shared.open.set(shared.open.get() + 1);
+        Self(Rc::clone(shared))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.set(self.0.open.get() - 1);
+        self.0.idle_since.set(Instant::now());
+    }
+}
+
+/// Spawns the tasks of streams on the worker's own thread.
+#[derive(Clone)]
+struct Spawner(Rc<Shared>);
+
+impl<F: Future<Output = ()> + 'static> Executor<F> for Spawner {
+    fn execute(&self, task: F) {
+        // hyper calls the service and spawns what comes of it in one breath; whatever else it
+        // spawns carries bytes of a tunnel, whose owner keeps its time.
+        match self.0.latest.take() {
+            Some(conn) => self.0.spawn(watched(task, conn, Open::new(&self.0))),
+            None => self.0.spawn(task),
+        }
+    }
+}
+
+/// Runs a stream's task, and keeps its time.
+async fn watched(task: impl Future<Output = ()>, conn: Rc<Conn>, open: Open) {
+    let mut task = pin!(task);
+    let limits = open.0.limits;
+    let mut timer = pin!(sleep_until(Instant::now() + TICK));
+    poll_fn(|cx| {
+        loop {
+            if task.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            if let Some(at) = conn.take_rearm().filter(|at| *at < timer.deadline()) {
+                timer.as_mut().reset(at);
+            }
+            let mut poll_again = false;
+            while timer.as_mut().poll(cx).is_ready() {
+                let now = Instant::now();
+                match conn.look_at_stream(now, &limits) {
+                    Look::At(at) => timer.as_mut().reset(at),
+                    Look::Poll => {
+                        timer.as_mut().reset(now + TICK);
+                        poll_again = true;
+                    }
+                    // The client does not take its response: dropping the task resets the stream.
+                    Look::Stop(_) => return Poll::Ready(()),
+                }
+            }
+            if !poll_again {
+                return Poll::Pending;
+            }
+        }
+    })
+    .await;
+}
+
+/// A response body that notes when the client keeps it waiting: hyper asks for a frame once it has
+/// got rid of the one before.
+struct StreamBody<B> {
+    inner: B,
+    conn: Rc<Conn>,
+}
+
+impl<B: Body<Data = Bytes, Error = Abort>> Body for StreamBody<B>
+where
+    B: Unpin,
+{
+    type Data = Bytes;
+    type Error = Abort;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Abort>>> {
+        let polled = Pin::new(&mut self.inner).poll_frame(cx);
+        match &polled {
+            Poll::Ready(Some(Ok(_))) => self.conn.write_blocked(),
+            _ => self.conn.wrote(0),
+        }
+        if let Poll::Ready(Some(Ok(frame))) = &polled
+            && let Some(data) = frame.data_ref()
+        {
+            self.conn.hand_over(data.len());
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// Why a connection stopped.
+enum Stop {
+    Ended(hyper::Result<()>),
+    Flood,
+    Stalled,
+    Gone,
+}
+
+/// Serves a connection to its end. `ahead` was read from it before.
+pub(super) async fn serve<S: Service + 'static>(
+    stream: Stream,
+    ahead: Bytes,
+    origin: Origin,
+    client: &Rc<S::Client>,
+    service: &Rc<S>,
+    limits: Limits,
+    drain: &drain::Watch,
+) {
+    let began = Instant::now();
+    let link = Rc::new(Conn::link(origin, drain.clone()));
+    let frames = Rc::new(Frames::new(limits.resets));
+    let io = ClientIo::new(stream, ahead, Rc::clone(&link)).counting(Rc::clone(&frames));
+    let shared = Rc::new(Shared {
+        open: Cell::new(0),
+        idle_since: Cell::new(began),
+        latest: RefCell::default(),
+        tasks: RefCell::default(),
+        limits,
+    });
+    let answer = service_fn(|mut request: http::Request<Incoming>| {
+        let conn = Rc::new(Conn::new(origin, drain.clone()));
+        conn.request_arrived(!request.body().is_end_stream());
+        *shared.latest.borrow_mut() = Some(Rc::clone(&conn));
+        let tunnel =
+            (request.method() == Method::CONNECT).then(|| hyper::upgrade::on(&mut request));
+        let (service, client, shared) = (Rc::clone(service), Rc::clone(client), Rc::clone(&shared));
+        async move {
+            let response = service.call(&client, &conn, request).await;
+            if let (Some(tunnel), Some(takeover)) = (tunnel, conn.take_takeover()) {
+                let open = Open::new(&shared);
+                shared.spawn(async move {
+                    let _open = open;
+                    if let Ok(stream) = tunnel.await {
+                        let stream = Stream::Tunnel(Box::new(TokioIo::new(stream)));
+                        takeover(stream, Bytes::new()).await;
+                    }
+                });
+            }
+            Ok::<_, Infallible>(response.map(|inner| StreamBody { inner, conn }))
+        }
+    });
+    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let mut http = pin!(
+        http2::Builder::new(Spawner(Rc::clone(&shared)))
+            .max_concurrent_streams(number(limits.streams))
+            .max_header_list_size(number(limits.header_bytes))
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(connection_window(limits.streams))
+            .max_send_buf_size(SEND_BUFFER)
+            .enable_connect_protocol()
+            .serve_connection(TokioIo::new(io), answer)
+    );
+    let mut timer = pin!(sleep_until(began + TICK));
+    let mut drained = pin!(drain.started());
+    // Since when the client has been told to go.
+    let mut going = None;
+    let stop = poll_fn(|cx| {
+        loop {
+            if let Poll::Ready(result) = http.as_mut().poll(cx) {
+                return Poll::Ready(Stop::Ended(result));
+            }
+            if frames.is_flood(link.sent()) {
+                return Poll::Ready(Stop::Flood);
+            }
+            if going.is_none() && drained.as_mut().poll(cx).is_ready() {
+                going = Some(Instant::now());
+                http.as_mut().graceful_shutdown();
+                continue;
+            }
+            if timer.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            let now = Instant::now();
+            timer.as_mut().reset(now + TICK);
+            frames.tick(link.sent());
+            if link.is_stalled(now, &limits) {
+                return Poll::Ready(Stop::Stalled);
+            }
+            if shared.open.get() > 0 {
+                continue;
+            }
+            let idle = now - shared.idle_since.get();
+            match going {
+                Some(since) if now - since >= GOING => return Poll::Ready(Stop::Gone),
+                Some(_) => {}
+                // RFC 9113 section 3.4: the preface and SETTINGS come first, at once.
+                None if !frames.any() && idle >= limits.header_read => {
+                    return Poll::Ready(Stop::Gone);
+                }
+                None if idle >= limits.idle => {
+                    going = Some(now);
+                    http.as_mut().graceful_shutdown();
+                }
+                None => {}
+            }
+        }
+    })
+    .await;
+    let refused = |fault, detail: &str| {
+        let took = began.elapsed();
+        // The answer is HTTP/1.1's: here it is only counted and logged.
+        let _ = service.refused(client, &Refusal { fault, head: &[], detail, took });
+    };
+    match stop {
+        Stop::Flood => refused(ClientFault::Flood, ""),
+        Stop::Stalled => refused(ClientFault::Stalled, ""),
+        Stop::Ended(Err(error)) => {
+            if let Some(fault) = fault(&error) {
+                refused(fault, &error.to_string());
+            }
+        }
+        Stop::Ended(Ok(())) | Stop::Gone => {}
+    }
+    // What still runs is for nobody. Taken out first: a task that is dropped may look in here.
+    let tasks = shared.tasks.take();
+    drop(tasks);
+}
+
+fn connection_window(streams: usize) -> u32 {
+    const MOST: u32 = (1 << 31) - 1; // RFC 9113 section 6.9.1
+    let streams = u32::try_from(streams).unwrap_or(u32::MAX);
+    STREAM_WINDOW.saturating_mul(streams).min(MOST)
+}
+
+/// What the client did wrong, where we ended the connection for it.
+fn fault(error: &hyper::Error) -> Option<ClientFault> {
+    let cause = error.source()?.downcast_ref::<h2::Error>()?;
+    if !cause.is_library() {
+        return None;
+    }
+    match cause.reason()? {
+        h2::Reason::NO_ERROR => None,
+        h2::Reason::ENHANCE_YOUR_CALM => Some(ClientFault::Flood),
+        _ => Some(ClientFault::Malformed),
+    }
+}
