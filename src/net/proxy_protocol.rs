@@ -152,13 +152,14 @@ fn binary(bytes: &[u8]) -> Result<Parsed, HeaderError> {
     let ends = match family {
         // TCP over IPv4 and IPv6; behind the addresses there may be more, for whoever wants it.
         0x11 => {
-            let &[a, b, c, d, e, f, g, h, i, j, k, l, ..] = body else {
+            let part = |at: usize| body.get(at..)?.first_chunk::<4>().copied();
+            let (Some(source), Some(destination), Some(ports)) = (part(0), part(4), part(8)) else {
                 return Err(HeaderError::Binary);
             };
-            let (source, destination) = (Ipv4Addr::new(a, b, c, d), Ipv4Addr::new(e, f, g, h));
+            let [s0, s1, d0, d1] = ports;
             Some(Ends {
-                source: (source, u16::from_be_bytes([i, j])).into(),
-                destination: (destination, u16::from_be_bytes([k, l])).into(),
+                source: (Ipv4Addr::from(source), u16::from_be_bytes([s0, s1])).into(),
+                destination: (Ipv4Addr::from(destination), u16::from_be_bytes([d0, d1])).into(),
             })
         }
         0x21 => {

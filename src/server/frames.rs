@@ -3,7 +3,7 @@
 //! Frames that cost work and ask for nothing (PING, SETTINGS, PRIORITY, empty DATA, unknown ones)
 //! are answered or skipped by h2 at the same price for everybody. A client may send a thousand of
 //! them a second, and as many more as it sends useful ones; requests that it takes back at once
-//! (RST_STREAM: CVE-2023-44487) have a limit of their own; window updates follow what it receives.
+//! (`RST_STREAM`: CVE-2023-44487) have a limit of their own; window updates follow what it receives.
 //! Only frame heads are looked at, as they pass (RFC 9113 section 4.1); whether they are right is
 //! h2's business. Without a clock: whoever asks starts a new second with [`Frames::tick`].
 

@@ -66,7 +66,7 @@ impl Authority {
             (directory.join(format!("{name}.crt")), directory.join(format!("{name}.key")));
         std::fs::write(&crt, certificate.pem()).expect("there is room");
         std::fs::write(&pem, key.serialize_pem()).expect("there is room");
-        format!("{{ certificate = {crt:?}, key = {pem:?} }}")
+        format!("{{ certificate = \"{}\", key = \"{}\" }}", crt.display(), pem.display())
     }
 
     pub(crate) fn client(
@@ -227,7 +227,7 @@ async fn an_upgrade_below_tls_becomes_a_tunnel_and_ends_properly() {
         head.push(timeout(SOON, stream.read_u8()).await.expect("in time").expect("a head"));
     }
     assert!(head.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&head));
-    stream.write_all(&[b'x'; 100_000]).await.expect("the tunnel carries");
+    stream.write_all(&vec![b'x'; 100_000]).await.expect("the tunnel carries");
     let mut back = vec![0; 100_000];
     timeout(SOON, stream.read_exact(&mut back)).await.expect("in time").expect("and back");
     stream.shutdown().await.expect("half a close");
