@@ -12,7 +12,8 @@ use std::{
 use tempfile::TempDir;
 
 use crate::{
-    http,
+    consul::{Consul, Relay},
+    http::{self, Request},
     process::{Process, component, eventually, free_port},
 };
 
@@ -24,20 +25,31 @@ const fn node_address(last: u8) -> IpAddr {
     IpAddr::V4(Ipv4Addr::new(127, 0, 1, last))
 }
 
-/// The node that holds the static lease.
+/// The node that holds the static lease, or takes the first one from Consul.
 pub(crate) const PRIMARY: usize = 0;
 
 /// What the temporary directories' names begin with; the test run's process id follows.
 const PREFIX: &str = "litegate-e2e-";
 
-/// How long LiteFS may take to mount, sync and start the app.
-const START: Duration = Duration::from_secs(30);
+/// How long LiteFS may take to mount, sync and start the app. A node that was primary has to wait
+/// for the end of its own lease (22 s).
+const START: Duration = Duration::from_mins(1);
+
+/// How long LiteFS may take to leave after SIGTERM, its app's last requests included.
+const STOP: Duration = Duration::from_secs(20);
+
+/// How long a healthy node may take to say who it is.
+const INFO: Duration = Duration::from_secs(1);
 
 /// A cluster whose nodes share three ports, as pods do.
 #[derive(Debug)]
 pub(crate) struct Cluster {
     nodes: Vec<Node>,
     ports: Ports,
+    /// Consul, and each node's way to it; without it the first node is primary for ever.
+    leases: Option<(Consul, Vec<Relay>)>,
+    /// The app's tables are there.
+    created: bool,
     directory: TempDir,
 }
 
@@ -59,6 +71,35 @@ struct Node {
 impl Cluster {
     /// Starts three nodes, of which the first is primary, and waits until all of them serve.
     pub(crate) fn start() -> Self {
+        let mut cluster = Self::prepare();
+        for node in 0..3 {
+            cluster.spawn(node);
+        }
+        for node in 0..3 {
+            cluster.wait_for(node);
+        }
+        cluster
+    }
+
+    /// The same with a lease from Consul, which the first node gets first.
+    pub(crate) fn start_with_consul() -> Self {
+        let mut cluster = Self::prepare();
+        let consul = Consul::start(cluster.directory());
+        let relays = (0..3).map(|_| Relay::start(consul.address())).collect();
+        cluster.leases = Some((consul, relays));
+        cluster.spawn(PRIMARY);
+        cluster.wait_for(PRIMARY);
+        cluster.created = true;
+        for node in [1, 2] {
+            cluster.spawn(node);
+        }
+        for node in [1, 2] {
+            cluster.wait_for(node);
+        }
+        cluster
+    }
+
+    fn prepare() -> Self {
         remove_what_dead_runs_left();
         let directory = tempfile::Builder::new()
             .prefix(&format!("{PREFIX}{}-", std::process::id()))
@@ -78,14 +119,30 @@ impl Cluster {
                 Node { name, ip, mount, process: None }
             })
             .collect();
-        let mut cluster = Self { nodes, ports, directory };
-        for node in 0..3 {
-            cluster.spawn(node);
-        }
-        for node in 0..3 {
-            cluster.wait_for(node);
-        }
-        cluster
+        Self { nodes, ports, leases: None, created: false, directory }
+    }
+
+    /// The Consul agent that grants the lease.
+    pub(crate) fn consul(&self) -> &Consul {
+        &self.leases.as_ref().expect("this cluster has a lease from Consul").0
+    }
+
+    /// A node's way to Consul.
+    pub(crate) fn relay(&self, node: usize) -> &Relay {
+        &self.leases.as_ref().expect("this cluster has a lease from Consul").1[node]
+    }
+
+    /// The nodes that say of themselves that they are primary, just now.
+    pub(crate) fn claimants(&self) -> Vec<usize> {
+        (0..3).filter(|node| claims(self.api(*node))).collect()
+    }
+
+    /// The only node that claims to be primary, once there is one.
+    pub(crate) fn primary(&self) -> usize {
+        eventually("one node is primary", START, || match self.claimants()[..] {
+            [primary] => Ok(primary),
+            ref claimants => Err(format!("{claimants:?}")),
+        })
     }
 
     /// Where logs and configurations of this test go.
@@ -121,6 +178,11 @@ impl Cluster {
         SocketAddr::new(self.nodes[node].ip, self.ports.api)
     }
 
+    /// The app's port, on every node.
+    pub(crate) fn app_port(&self) -> u16 {
+        self.ports.app
+    }
+
     /// The app on this node, with nothing in between.
     pub(crate) fn app(&self, node: usize) -> SocketAddr {
         SocketAddr::new(self.nodes[node].ip, self.ports.app)
@@ -137,12 +199,30 @@ impl Cluster {
     }
 
     /// Every id with its number of rows, as the primary's app has them.
-    pub(crate) fn ids(&self) -> serde_json::Map<String, serde_json::Value> {
-        let answer = http::get(self.app(PRIMARY), "/ids").expect("ask the primary's app");
-        match answer.json() {
-            Ok(serde_json::Value::Object(ids)) => ids,
-            other => panic!("ids: {other:?}"),
+    pub(crate) fn ids(&self) -> Ids {
+        self.ids_of(PRIMARY).expect("ask the primary's app")
+    }
+
+    fn ids_of(&self, node: usize) -> Result<Ids, String> {
+        let answer = http::get(self.app(node), "/ids").map_err(|error| error.to_string())?;
+        match answer.json()? {
+            serde_json::Value::Object(ids) => Ok(ids),
+            other => Err(format!("ids: {other}")),
         }
+    }
+
+    /// Every id with its number of rows, once all nodes have the same.
+    pub(crate) fn agreed_ids(&self) -> Ids {
+        eventually("all nodes have the same rows", START, || {
+            let first = self.ids_of(0)?;
+            for node in [1, 2] {
+                let ids = self.ids_of(node)?;
+                if ids != first {
+                    return Err(format!("{} of {node} and {} of 0", ids.len(), first.len()));
+                }
+            }
+            Ok(first)
+        })
     }
 
     /// SIGKILL for LiteFS and its app together.
@@ -152,6 +232,25 @@ impl Cluster {
             process.kill();
         }
         unmount(&node.mount);
+    }
+
+    /// SIGTERM for LiteFS, which passes it to its app: the end of a pod.
+    pub(crate) fn terminate(&mut self, node: usize) {
+        let node = &mut self.nodes[node];
+        if let Some(mut process) = node.process.take() {
+            process.terminate(STOP);
+        }
+        unmount(&node.mount);
+    }
+
+    /// SIGSTOP for LiteFS and its app together.
+    pub(crate) fn freeze(&self, node: usize) {
+        self.nodes[node].process.as_ref().expect("it runs").freeze();
+    }
+
+    /// SIGCONT for both.
+    pub(crate) fn thaw(&self, node: usize) {
+        self.nodes[node].process.as_ref().expect("it runs").thaw();
     }
 
     /// Starts a killed node again with the data it had, without waiting for it.
@@ -194,11 +293,34 @@ impl Cluster {
         fs::create_dir_all(&node.mount).expect("create the mount point");
         fs::create_dir_all(&data).expect("create the data directory");
 
-        let is_primary = index == PRIMARY;
         let (ip, mount) = (node.ip, node.mount.display());
         let Ports { proxy, api, app } = self.ports;
+        let create = index == PRIMARY && !self.created;
+        let lease = match &self.leases {
+            // Under a static lease hostname and advertise-url are the primary's, on every node.
+            None => format!(
+                r#"type: "static"
+  candidate: {is_primary}
+  hostname: "{primary}"
+  advertise-url: "http://{primary_ip}:{api}""#,
+                is_primary = index == PRIMARY,
+                primary = self.nodes[PRIMARY].name,
+                primary_ip = self.nodes[PRIMARY].ip,
+            ),
+            Some((consul, relays)) => format!(
+                r#"type: "consul"
+  candidate: true
+  hostname: "{name}"
+  advertise-url: "http://{ip}:{api}"
+  consul: {{ url: "http://{relay}", key: "{key}", ttl: "10s", lock-delay: "1s" }}"#,
+                name = node.name,
+                relay = relays[index].address(),
+                key = consul.key(),
+            ),
+        };
+        // The default, which the times of a failover follow from; a static primary is met sooner.
+        let reconnect = if self.leases.is_some() { "1s" } else { "200ms" };
         let mut config = String::new();
-        // Under a static lease hostname and advertise-url are the primary's, on every node.
         write!(
             config,
             r#"fuse: {{ dir: "{mount}" }}
@@ -209,16 +331,11 @@ proxy:
   target: "{ip}:{app}"
   db: "abaci.db"
 lease:
-  type: "static"
-  candidate: {is_primary}
-  hostname: "{primary}"
-  advertise-url: "http://{primary_ip}:{api}"
-  reconnect-delay: "200ms"
-exec: "{program} -addr {ip}:{app} -db {mount}/abaci.db -node {name} -create={is_primary}"
+  {lease}
+  reconnect-delay: "{reconnect}"
+exec: "{program} -addr {ip}:{app} -db {mount}/abaci.db -node {name} -create={create}"
 "#,
             data = data.display(),
-            primary = self.nodes[PRIMARY].name,
-            primary_ip = self.nodes[PRIMARY].ip,
             program = component("abaci").display(),
             name = node.name,
         )
@@ -237,6 +354,16 @@ impl Drop for Cluster {
             unmount(&node.mount);
         }
     }
+}
+
+/// Every id with its number of rows.
+pub(crate) type Ids = serde_json::Map<String, serde_json::Value>;
+
+/// Whether the node with this API says that it is primary.
+pub(crate) fn claims(api: SocketAddr) -> bool {
+    let answer = Request { path: "/info", timeout: INFO, ..Request::GET }.send(api);
+    let info = answer.ok().and_then(|answer| answer.json().ok());
+    info.is_some_and(|info| info["isPrimary"] == true)
 }
 
 /// Takes the mount away if LiteFS left it behind. Lazily: a dead FUSE mount can be busy for ever.

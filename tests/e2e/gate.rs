@@ -48,11 +48,17 @@ pub(crate) fn instance(cluster: &Cluster, node: usize) -> String {
 impl Gate {
     /// Starts litegate before LiteFS's proxies, and waits until it is ready.
     pub(crate) fn start(cluster: &Cluster, members: &str, primary: &str) -> Self {
-        Self::with_port(cluster, cluster.proxy_port(), members, primary)
+        Self::with(cluster, cluster.proxy_port(), members, primary, "")
     }
 
-    /// The same with another `port` for members that bring none of their own.
-    pub(crate) fn with_port(cluster: &Cluster, port: u16, members: &str, primary: &str) -> Self {
+    /// The same with another `port` for members that bring none of their own, and with `more` TOML.
+    pub(crate) fn with(
+        cluster: &Cluster,
+        port: u16,
+        members: &str,
+        primary: &str,
+        more: &str,
+    ) -> Self {
         let loopback = [std::net::Ipv4Addr::LOCALHOST.into()];
         let address = SocketAddr::from((loopback[0], free_port(&loopback)));
         let admin = SocketAddr::from((loopback[0], free_port(&loopback)));
@@ -68,6 +74,8 @@ address = "{admin}"
 port    = {port}
 members = {members}
 primary = {primary}
+
+{more}
 "#
         );
         fs::write(&config, text).expect("write litegate.toml");
@@ -108,6 +116,28 @@ primary = {primary}
         answer.node().expect("the app names its node").to_owned()
     }
 
+    /// Whom it believes to be primary, by `/api/topology`.
+    pub(crate) fn primary(&self) -> Option<String> {
+        primary_by(self.admin)
+    }
+
+    /// Its admin listener.
+    pub(crate) fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// The sum of a metric over all its labels that `labels` occurs in.
+    pub(crate) fn metric(&self, name: &str, labels: &str) -> f64 {
+        let page = http::get(self.admin, "/metrics").expect("ask litegate's admin listener");
+        let page = page.text();
+        let samples = page.lines().filter_map(|line| {
+            let (series, value) = line.rsplit_once(' ')?;
+            let (family, of) = series.split_once('{').unwrap_or((series, ""));
+            (family == name && of.contains(labels)).then(|| value.parse::<f64>().ok())?
+        });
+        samples.sum()
+    }
+
     /// Whether `/api/topology` calls its list of members stale.
     pub(crate) fn is_stale(&self) -> Result<bool, String> {
         let answer = http::get(self.admin, "/api/topology").map_err(|error| error.to_string())?;
@@ -127,6 +157,12 @@ primary = {primary}
             .expect("Linux says VmHWM of every process");
         kib * 1024
     }
+}
+
+/// Whom the litegate with this admin listener believes to be primary.
+pub(crate) fn primary_by(admin: SocketAddr) -> Option<String> {
+    let topology = http::get(admin, "/api/topology").ok()?.json().ok()?;
+    find(&topology, "primary")?.as_str().map(str::to_owned)
 }
 
 /// The first value of this key, however deep.

@@ -62,6 +62,12 @@ impl Answer {
         self.head.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| &**value)
     }
 
+    /// All fields of this name.
+    pub(crate) fn headers(&self, name: &str) -> impl Iterator<Item = &str> {
+        let fields = self.head.iter().filter(move |(n, _)| n.eq_ignore_ascii_case(name));
+        fields.map(|(_, value)| &**value)
+    }
+
     /// The node whose app answered, or nothing if none did.
     pub(crate) fn node(&self) -> Option<&str> {
         self.header("abaci-node")
@@ -81,31 +87,68 @@ impl Answer {
     }
 }
 
+/// A request that is not quite plain.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request<'a> {
+    pub(crate) method: &'a str,
+    pub(crate) path: &'a str,
+    /// More fields.
+    pub(crate) fields: &'a [(&'a str, &'a str)],
+    pub(crate) body: Body,
+    /// For connecting, and for each pause of the other side.
+    pub(crate) timeout: Duration,
+}
+
+impl Request<'static> {
+    /// What the others are made from.
+    pub(crate) const GET: Self =
+        Request { method: "GET", path: "/", fields: &[], body: Body::EMPTY, timeout: TIMEOUT };
+}
+
 /// Sends a request without a body.
 pub(crate) fn get(to: SocketAddr, path: &str) -> io::Result<Answer> {
-    send(to, "GET", path, Body::EMPTY)
+    Request { path, ..Request::GET }.send(to)
 }
 
 /// Sends a request and reads the whole answer, also one that comes before the body was taken.
 pub(crate) fn send(to: SocketAddr, method: &str, path: &str, body: Body) -> io::Result<Answer> {
-    let stream = TcpStream::connect_timeout(&to, TIMEOUT)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
-    stream.set_nodelay(true)?;
-    let length = match (method, body.bytes) {
-        ("GET" | "HEAD", 0) => String::new(),
-        (_, bytes) => format!("Content-Length: {bytes}\r\n"),
-    };
-    let head = format!("{method} {path} HTTP/1.1\r\nHost: abaci.test\r\n{length}\r\n");
-    (&stream).write_all(head.as_bytes())?;
+    Request { method, path, body, ..Request::GET }.send(to)
+}
 
-    thread::scope(|scope| {
-        // A server may answer and stop reading: what counts is the answer, not whether the body went.
-        scope.spawn(|| body.pieces().try_for_each(|piece| (&stream).write_all(&piece)));
-        let answer = read_answer(&mut BufReader::new(&stream), method == "HEAD");
+impl Request<'_> {
+    /// Sends it and reads the whole answer.
+    pub(crate) fn send(&self, to: SocketAddr) -> io::Result<Answer> {
+        let Self { method, path, fields, body, timeout } = *self;
+        let stream = TcpStream::connect_timeout(&to, timeout)?;
+        stream.set_read_timeout(Some(timeout))?;
+        stream.set_write_timeout(Some(timeout))?;
+        stream.set_nodelay(true)?;
+        let mut head = format!("{method} {path} HTTP/1.1\r\nHost: abaci.test\r\n");
+        for (name, value) in fields {
+            head.extend([name, ": ", value, "\r\n"]);
+        }
+        if body.bytes > 0 || !matches!(method, "GET" | "HEAD") {
+            head.extend(["Content-Length: ", &body.bytes.to_string(), "\r\n"]);
+        }
+        head.push_str("\r\n");
+        (&stream).write_all(head.as_bytes())?;
+
+        let read = || read_answer(&mut BufReader::new(&stream), method == "HEAD");
+        let answer = if body.bytes == 0 {
+            read()
+        } else {
+            thread::scope(|scope| {
+                // A server may answer and stop reading: what counts is the answer, not whether
+                // the body went.
+                scope.spawn(|| body.pieces().try_for_each(|piece| (&stream).write_all(&piece)));
+                let answer = read();
+                let _ = stream.shutdown(Shutdown::Both);
+                answer
+            })
+        };
         let _ = stream.shutdown(Shutdown::Both);
         answer
-    })
+    }
 }
 
 fn read_answer(from: &mut BufReader<&TcpStream>, is_head: bool) -> io::Result<Answer> {

@@ -11,7 +11,9 @@
 )]
 #![expect(clippy::print_stderr, reason = "a failed test shows what its processes printed")]
 
+mod clients;
 mod cluster;
+mod consul;
 mod coredns;
 mod gate;
 mod http;
@@ -20,6 +22,7 @@ mod process;
 
 mod failover;
 mod fixture;
+mod lease;
 mod members;
 mod reads;
 mod verify;

@@ -138,7 +138,7 @@ fn srv_records_bring_names_and_ports() {
     let dns = CoreDns::start(&cluster, &[0, 1, 2]);
     // Nothing listens on port 9, and only a name from SRV can match the instance.
     let primary = gate::instance(&cluster, PRIMARY);
-    let gate = Gate::with_port(&cluster, 9, &gate::by_srv(&dns), &primary);
+    let gate = Gate::with(&cluster, 9, &gate::by_srv(&dns), &primary, "");
     let answer = gate.send("POST", "/w/srv", Body { bytes: 100 });
     assert_eq!(answer.status, 201, "{}", answer.text());
     assert_eq!(answer.json().expect("the row")["replay_src"], "");

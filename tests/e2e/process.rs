@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 /// How long a process may take to leave after SIGTERM.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -65,6 +65,27 @@ impl Process {
         let _ = self.child.wait();
     }
 
+    /// SIGTERM for the process alone, which tells its children as it likes; waits for its end.
+    pub(crate) fn terminate(&mut self, patience: Duration) {
+        if let Some(process) = self.pid() {
+            let _ = kill_process(process, Signal::TERM);
+        }
+        eventually(&format!("{} leaves", self.name), patience, || {
+            if self.is_running() { Err("it is still there".to_owned()) } else { Ok(()) }
+        });
+        self.kill();
+    }
+
+    /// SIGSTOP for the whole group: it holds its connections and says nothing.
+    pub(crate) fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// SIGCONT for the whole group.
+    pub(crate) fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
     /// SIGTERM, and SIGKILL for what is still there after [`PATIENCE`].
     pub(crate) fn stop(&mut self) {
         if self.is_running() {
@@ -79,9 +100,13 @@ impl Process {
 
     /// The group may be gone already, which is as good.
     fn signal(&self, signal: Signal) {
-        if let Some(group) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
+        if let Some(group) = self.pid() {
             let _ = kill_process_group(group, signal);
         }
+    }
+
+    fn pid(&self) -> Option<Pid> {
+        i32::try_from(self.child.id()).ok().and_then(Pid::from_raw)
     }
 }
 

@@ -12,10 +12,13 @@
 //	GET /whoami                    this node, and the request's header as it arrived
 //	GET /healthz                   200
 //
+// After SIGTERM it answers what is on its connections, and leaves.
+//
 // Every answer carries Abaci-Node. There is no unique constraint on purpose.
 package main
 
 import (
+	"context"
 	"database/sql"
 	"encoding/json"
 	"errors"
@@ -24,9 +27,13 @@ import (
 	"hash/fnv"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	_ "github.com/mattn/go-sqlite3"
@@ -72,9 +79,46 @@ func main() {
 	}
 
 	go endWithParent()
+	listener, err := net.Listen("tcp", *addr)
+	if err != nil {
+		log.Fatalf("listen: %v", err)
+	}
 	log.Printf("%s listens on %s", *node, *addr)
-	log.Fatal(http.ListenAndServe(*addr, a))
+	serve(listener, a)
 }
+
+// serve leaves on SIGTERM as an app should that has an HTTP/1.1 proxy before it: no new connection,
+// one more answer on each that there is, with "Connection: close", and only then the end. An idle
+// connection that is closed from this side can meet a request that is on its way.
+func serve(listener net.Listener, handler http.Handler) {
+	var leaving atomic.Bool
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if leaving.Load() {
+			w.Header().Set("Connection", "close")
+		}
+		handler.ServeHTTP(w, r)
+	})}
+	terminated := make(chan os.Signal, 1)
+	signal.Notify(terminated, syscall.SIGTERM)
+	go func() {
+		if err := server.Serve(listener); !leaving.Load() {
+			log.Fatal(err)
+		}
+	}()
+	<-terminated
+	leaving.Store(true)
+	listener.Close()
+	time.Sleep(lastAnswers)
+	limit, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := server.Shutdown(limit); err != nil {
+		log.Fatalf("requests were still running: %v", err)
+	}
+	log.Print("has left")
+}
+
+// lastAnswers is how long a busy proxy may take to use every connection once more.
+const lastAnswers = 300 * time.Millisecond
 
 // endWithParent leaves when LiteFS, which started this process, is gone, however it went.
 func endWithParent() {
