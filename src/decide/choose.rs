@@ -259,7 +259,7 @@ impl View<'_> {
         let fresh = |node: &Node| node.freshness == Freshness::Fresh;
         let near = |node: &Node| node.freshness != Freshness::TooFar;
         type Tier<'t> = (Why, &'t dyn Fn(&Node) -> bool);
-        let tiers: [Tier<'_>; 8] = [
+        let tiers: [Tier<'_>; 9] = [
             (Why::Local, &|n| {
                 self.rules.prefer == Prefer::Local
                     && n.local
@@ -274,6 +274,8 @@ impl View<'_> {
             (Why::PrimaryReads, &|n| primary_may && primary(n) && well(n)),
             (Why::Behind, &|n| replica(n) && well(n) && near(n)),
             (Why::Unknown, &|n| unknown(n) && well(n) && near(n)),
+            // Before those that are ejected or of which nothing is heard: they may be dead.
+            (Why::LastResort, &|n| leaderless && replica(n) && well(n)),
             (Why::LastResort, &|n| (replica(n) || unknown(n) || primary_may) && near(n)),
             (Why::LastResort, &|_| leaderless),
         ];
@@ -496,6 +498,19 @@ mod tests {
                 }),
                 none.clone(),
                 Reads::Replicas,
+                Ok(Ok((B, Why::LastResort))),
+            ),
+            (
+                "and then one that is heard, before one that may be dead",
+                Class::Read,
+                with(|t| {
+                    t.primary = None;
+                    t.nodes = vec![node(A, Role::Unknown), node(B, Role::Replica)];
+                    stale(t, 0, Freshness::TooFar);
+                    stale(t, 1, Freshness::TooFar);
+                }),
+                none.clone(),
+                Reads::PreferReplicas,
                 Ok(Ok((B, Why::LastResort))),
             ),
             (

@@ -226,8 +226,7 @@ impl State {
 
     /// When something changes by time alone, after `now`.
     pub fn deadline(&self, now: Instant) -> Option<Instant> {
-        let silent = self.nodes.values().filter(|n| n.claims.is_some());
-        let silent = silent.filter_map(Known::silent_since);
+        let silent = self.nodes.values().filter_map(Known::silent_since);
         let silent = silent.flat_map(|since| [since + SILENT_GRACE, since + FENCE]);
         let lease = self.lease.iter().filter_map(|lease| lease.silent_since);
         let silent = silent.chain(lease.map(|since| since + LEASE_GRACE));
@@ -536,7 +535,7 @@ impl State {
         for known in self.nodes.values_mut() {
             known.node.role = match primary {
                 Some(id) if id == known.node.id => Role::Primary,
-                _ if known.refused => Role::Unknown,
+                _ if known.refused || known.is_silent(now) => Role::Unknown,
                 _ if known.spoke() || anything => Role::Replica,
                 _ => Role::Unknown,
             };
@@ -549,8 +548,9 @@ impl State {
             if node.role == Role::Primary {
                 // It is what the others are behind of.
                 node.freshness = Freshness::Fresh;
-            } else if fenced {
-                // It follows nobody, whatever it says of its lag.
+            } else if fenced || known.is_silent(now) {
+                // It follows nobody, whatever it says of its lag, or says nothing: a frozen node
+                // takes connections and never answers.
                 node.freshness = Freshness::TooFar;
             }
             nodes.push(node);
@@ -799,10 +799,12 @@ impl Known {
         self.words.iter().filter_map(|word| word.silent_since).min()
     }
 
+    fn is_silent(&self, now: Instant) -> bool {
+        self.silent_since().is_some_and(|since| now >= since + SILENT_GRACE)
+    }
+
     fn is_claimant(&self, now: Instant) -> bool {
-        self.claims.is_some()
-            && !self.refused
-            && self.silent_since().is_none_or(|since| now < since + SILENT_GRACE)
+        self.claims.is_some() && !self.refused && !self.is_silent(now)
     }
 }
 
@@ -1275,6 +1277,21 @@ mod tests {
         let mut cluster = again();
         cluster.silent(1);
         assert_eq!(cluster.primary(), None);
+    }
+
+    #[test]
+    fn a_silent_node_is_no_reader_while_others_are_heard() {
+        let mut cluster = Cluster::of(2);
+        cluster.says(1, true, 1).says(2, false, 2).see(Saw::Silent { address: address(2) });
+        let node = |cluster: &Cluster| {
+            let node = cluster.state.topology().named("n2").unwrap();
+            (node.role, node.freshness)
+        };
+        assert_eq!(node(&cluster), (Role::Replica, Freshness::Fresh), "for a moment");
+        cluster.pass(1);
+        assert_eq!(node(&cluster), (Role::Unknown, Freshness::TooFar));
+        cluster.says(2, false, 2);
+        assert_eq!(node(&cluster), (Role::Replica, Freshness::Fresh));
     }
 
     #[test]
