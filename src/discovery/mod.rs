@@ -23,6 +23,7 @@ use crate::{
     telemetry::metrics::DiscoveryCells,
     topology::{
         Change, Member, Observation, Presence, PrimaryName, Saw, Source, Topology, eject,
+        position::Positions,
         progress::Progress,
         reconcile::{Rules, State},
         watch,
@@ -42,6 +43,9 @@ const WAITING: usize = 1024;
 /// Names that are looked up at once because somebody used them. More are not: whoever keeps using
 /// a name gets it looked up later.
 const LOOKUPS: usize = 16;
+
+/// Earlier primaries that may still be answering.
+const DEPOSED: usize = 4;
 
 /// A cluster under observation, until dropped.
 #[derive(Debug)]
@@ -131,6 +135,7 @@ pub fn start(
         watched: HashMap::new(),
         sources: JoinSet::new(),
         acknowledging: None,
+        deposed: Vec::new(),
         lookups: JoinSet::new(),
     };
     let task = tokio::spawn(folding.run(seen, on_change));
@@ -176,6 +181,8 @@ struct Fold {
     lookups: JoinSet<()>,
     /// The primary that acknowledged last.
     acknowledging: Option<Acknowledging>,
+    /// Those before it, and where their successors began; at most [`DEPOSED`].
+    deposed: Vec<(Acknowledging, Arc<Positions>)>,
 }
 
 /// A primary, for when it has a successor.
@@ -207,6 +214,7 @@ impl Fold {
             let generation = self.state.topology().generation;
             let now = Instant::now().into_std();
             let mut changes = self.state.observe(observation.as_ref(), now);
+            self.count_late(&mut changes);
             self.count_lost(&mut changes);
             for change in &changes {
                 record(&self.cluster.name, change);
@@ -245,11 +253,27 @@ impl Fold {
         else {
             return;
         };
-        let writes = before.progress.lost(start);
-        if writes > 0 {
-            changes.push(Change::WritesLost { from: Arc::clone(&before.name), writes });
+        let start = Arc::clone(start);
+        self.deposed.extend(self.acknowledging.replace(now).map(|before| (before, start)));
+        let surplus = self.deposed.len().saturating_sub(DEPOSED);
+        self.deposed.drain(..surplus);
+        self.count_late(changes);
+    }
+
+    /// A primary that was left behind may still be answering what it was running then: these
+    /// writes are lost as well.
+    fn count_late(&mut self, changes: &mut Vec<Change>) {
+        let primary = self.state.topology().primary().map(|node| Arc::clone(&node.progress));
+        // What it acknowledges as primary again is of another history.
+        self.deposed.retain(|(before, _)| {
+            primary.as_ref().is_none_or(|primary| !Arc::ptr_eq(primary, &before.progress))
+        });
+        for (before, start) in &self.deposed {
+            let writes = before.progress.lost(start);
+            if writes > 0 {
+                changes.push(Change::WritesLost { from: Arc::clone(&before.name), writes });
+            }
         }
-        self.acknowledging = Some(now);
     }
 
     fn start_sources(&mut self) {
