@@ -253,6 +253,19 @@ impl Cluster {
         self.nodes[node].process.as_ref().expect("it runs").thaw();
     }
 
+    /// Starts the nodes again that have ended by themselves, as Kubernetes would: LiteFS leaves when
+    /// it is deposed in the middle of a commit. Says how many.
+    pub(crate) fn revive(&mut self) -> usize {
+        let ended = |node: &mut Node| node.process.as_mut().is_some_and(|p| !p.is_running());
+        let ended: Vec<usize> = (0..3).filter(|i| ended(&mut self.nodes[*i])).collect();
+        for node in &ended {
+            self.kill(*node);
+            self.spawn(*node);
+            self.wait_for(*node);
+        }
+        ended.len()
+    }
+
     /// Starts a killed node again with the data it had, without waiting for it.
     pub(crate) fn spawn(&mut self, node: usize) {
         let config = self.write_config(node);
