@@ -162,7 +162,7 @@ impl Seen {
 #[derive(Debug)]
 pub(crate) struct Clients {
     shared: Arc<Shared>,
-    clients: Vec<JoinHandle<Seen>>,
+    running: Vec<JoinHandle<Seen>>,
     gates: Vec<JoinHandle<Sightings>>,
     nodes: Vec<JoinHandle<Sightings>>,
 }
@@ -204,7 +204,7 @@ impl Clients {
             let shared = Arc::clone(&shared);
             thread::spawn(move || read(n, to, &shared))
         });
-        let clients = writers.chain(readers).collect();
+        let running = writers.chain(readers).collect();
         let look = |mut who: Box<dyn FnMut() -> Option<String> + Send>| {
             let shared = Arc::clone(&shared);
             thread::spawn(move || {
@@ -225,7 +225,7 @@ impl Clients {
             look(Box::new(move || claims(api).then(|| name.clone())))
         });
         let (gates, nodes) = (by_gate.collect(), by_node.collect());
-        Self { shared, clients, gates, nodes }
+        Self { shared, running, gates, nodes }
     }
 
     /// Waits for so many more acknowledged writes and answered reads.
@@ -250,7 +250,7 @@ impl Clients {
     pub(crate) fn finish(mut self) -> Seen {
         self.shared.stop.store(true, Ordering::Relaxed);
         let mut seen = Seen::default();
-        for client in self.clients.drain(..) {
+        for client in self.running.drain(..) {
             seen.add(client.join().expect("a client doesn't panic"));
         }
         let done = |looker: JoinHandle<Sightings>| looker.join().expect("a looker doesn't panic");

@@ -271,9 +271,9 @@ fn take_over(cluster: &mut Cluster) -> usize {
     cluster.kill(2);
     cluster.spawn(2);
     cluster.wait_for(2);
-    eventually("it is primary", EXPIRY, || match cluster.claimants().contains(&2) {
-        true => Ok(2),
-        false => Err("it is not".to_owned()),
+    eventually("it is primary", EXPIRY, || match cluster.claimants() {
+        claimants if claimants.contains(&2) => Ok(2),
+        claimants => Err(format!("{claimants:?}")),
     })
 }
 
@@ -285,9 +285,9 @@ fn a_primary_that_can_not_reach_consul_steps_down() {
     clients.wait_for(200, 400);
     let cut = Instant::now();
     cluster.relay(PRIMARY).set(Way::Cut);
-    eventually("it steps down", EXPIRY, || match cluster.claimants().contains(&PRIMARY) {
-        false => Ok(()),
-        true => Err("it is primary".to_owned()),
+    eventually("it steps down", EXPIRY, || match cluster.claimants() {
+        claimants if claimants.contains(&PRIMARY) => Err(format!("{claimants:?}")),
+        _ => Ok(()),
     });
     let primary = cluster.primary();
     clients.wait_for(200, 400);
