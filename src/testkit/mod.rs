@@ -39,7 +39,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -48,7 +48,7 @@ use std::{
 };
 
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::watch,
     task::JoinSet,
     time::Instant,
@@ -209,24 +209,22 @@ impl World {
 
 impl Cluster {
     /// Starts it on 127.0.0.1; node 0 is primary. Call within a runtime.
+    #[expect(clippy::unused_async, reason = "it spawns: whoever awaits it is within a runtime")]
     pub async fn start(options: Options) -> std::io::Result<Self> {
         let world = Arc::new(World::new(options));
         let mut tasks = JoinSet::new();
         let mut places = Vec::new();
         for node in 0..options.nodes {
-            let [proxy, api, app] = [
-                TcpListener::bind("127.0.0.1:0").await?,
-                TcpListener::bind("127.0.0.1:0").await?,
-                TcpListener::bind("127.0.0.1:0").await?,
-            ];
+            let [proxy, api, app] = [Port::new()?, Port::new()?, Port::new()?];
             places.push(Place {
                 name: State::name(node),
-                proxy: proxy.local_addr()?,
-                api: api.local_addr()?,
-                app: app.local_addr()?,
+                proxy: proxy.address,
+                api: api.address,
+                app: app.address,
             });
-            for (listener, door) in [(proxy, Door::Proxy), (api, Door::Api), (app, Door::App)] {
-                tasks.spawn(serve(Arc::clone(&world), node, listener, door));
+            for (port, door) in [(proxy, Door::Proxy), (api, Door::Api), (app, Door::App)] {
+                let listener = port.listen()?;
+                tasks.spawn(serve(Arc::clone(&world), node, port, listener, door));
             }
         }
         tasks.spawn(lease(Arc::clone(&world)));
@@ -268,6 +266,14 @@ impl Cluster {
     /// What happened to one id, also if it was lost afterwards.
     pub fn written(&self, id: &str) -> Written {
         self.world.state().ledger.get(id).cloned().unwrap_or_default()
+    }
+
+    /// How many writes ran on keys that begin so, also if they were lost afterwards.
+    pub fn ran(&self, prefix: &str) -> usize {
+        let state = self.world.state();
+        let keys = state.ledger.range(prefix.to_owned()..);
+        let keys = keys.take_while(|(key, _)| key.starts_with(prefix));
+        keys.map(|(_, written)| written.on.len()).sum()
     }
 
     /// How far a node is with its first database.
@@ -342,8 +348,8 @@ impl Cluster {
         }
     }
 
-    /// The node's process is gone: connections break, new ones are refused as far as one process
-    /// can (they are closed at once). A primary takes along what it had not sent.
+    /// The node's process is gone: connections break, new ones are refused. A primary takes along
+    /// what it had not sent.
     pub fn kill(&self, node: usize) {
         self.world.state().kill(node, Instant::now());
     }
@@ -413,28 +419,78 @@ enum Door {
     App,
 }
 
-async fn serve(world: Arc<World>, node: usize, listener: TcpListener, door: Door) {
+/// A port that stays a node's own while its process is gone and nobody listens there.
+#[derive(Debug)]
+struct Port {
+    address: SocketAddr,
+    _kept: TcpSocket,
+}
+
+impl Port {
+    fn new() -> std::io::Result<Self> {
+        let kept = Self::bound((Ipv4Addr::LOCALHOST, 0).into())?;
+        Ok(Self { address: kept.local_addr()?, _kept: kept })
+    }
+
+    fn bound(address: SocketAddr) -> std::io::Result<TcpSocket> {
+        let socket = TcpSocket::new_v4()?;
+        socket.set_reuseport(true)?;
+        socket.bind(address)?;
+        Ok(socket)
+    }
+
+    fn listen(&self) -> std::io::Result<TcpListener> {
+        Self::bound(self.address)?.listen(1024)
+    }
+}
+
+async fn serve(world: Arc<World>, node: usize, port: Port, first: TcpListener, door: Door) {
+    let mut listener = first;
     let mut connections = JoinSet::new();
     loop {
-        let Ok((stream, _)) = listener.accept().await else { return };
+        let accepted = tokio::select! {
+            biased;
+            () = died(&world, node) => None,
+            accepted = listener.accept() => Some(accepted),
+        };
         while connections.try_join_next().is_some() {}
-        let world = Arc::clone(&world);
-        connections.spawn(async move {
-            let dies = died(Arc::clone(&world), node);
-            tokio::select! {
-                // Whatever else is ready: a dead process answers nothing.
-                biased;
-                () = dies => {
-                    // A reset, as from a killed process.
-                }
-                () = connection(world, node, stream, door) => {}
+        match accepted {
+            Some(Ok((stream, _))) => {
+                let world = Arc::clone(&world);
+                connections.spawn(async move {
+                    tokio::select! {
+                        // Whatever else is ready: a dead process answers nothing.
+                        biased;
+                        () = died(&world, node) => {
+                            // A reset, as from a killed process.
+                        }
+                        () = connection(&world, node, stream, door) => {}
+                    }
+                });
             }
-        });
+            Some(Err(_)) => return,
+            None => {
+                drop(listener);
+                lives(&world, node).await;
+                let Ok(again) = port.listen() else { return };
+                listener = again;
+            }
+        }
+    }
+}
+
+/// Resolves when the node is alive.
+async fn lives(world: &World, node: usize) {
+    let mut changed = world.changed();
+    while world.state().nodes.get(node).is_none_or(|node| !node.alive) {
+        if changed.changed().await.is_err() {
+            return;
+        }
     }
 }
 
 /// Resolves when the node is dead.
-async fn died(world: Arc<World>, node: usize) {
+async fn died(world: &World, node: usize) {
     let mut changed = world.changed();
     loop {
         if world.state().nodes.get(node).is_none_or(|node| !node.alive) {
@@ -456,15 +512,15 @@ async fn thawed(world: &World, node: usize) {
     }
 }
 
-async fn connection(world: Arc<World>, node: usize, stream: TcpStream, door: Door) {
+async fn connection(world: &World, node: usize, stream: TcpStream, door: Door) {
     let _ = stream.set_nodelay(true);
     let mut wire = wire::Wire::new(stream);
     while let Some(head) = wire.head().await {
-        thawed(&world, node).await;
+        thawed(world, node).await;
         let goes_on = match door {
-            Door::Proxy => proxy::proxy(&world, node, &mut wire, &head).await,
-            Door::Api => api::api(&world, node, &mut wire, &head).await,
-            Door::App => app::app(&world, node, &mut wire, &head).await,
+            Door::Proxy => proxy::proxy(world, node, &mut wire, &head).await,
+            Door::Api => api::api(world, node, &mut wire, &head).await,
+            Door::App => app::app(world, node, &mut wire, &head).await,
         };
         if !goes_on {
             return;
