@@ -155,6 +155,8 @@ pub struct Counts {
     pub reads: u64,
     /// Reads not answered, or with an error.
     pub failed_reads: u64,
+    /// Answers that told a client of lost writes (`Litegate-Write-Lost`).
+    pub announcements: u64,
     /// Acknowledged writes that are gone, and whose client was told so.
     pub lost_announced: u64,
     /// Reads of others that had shown such a write, and then did not any more.
@@ -313,6 +315,7 @@ impl Judge {
         let Some((began, operation)) = known.doing.take() else { return };
         if end.told_lost {
             known.told_lost = Some(at);
+            self.verdict.counts.announcements += 1;
             for book in self.books.values_mut() {
                 book.bound.remove(&client);
             }

@@ -61,7 +61,10 @@ pub fn progress(elapsed: Duration, verdict: &Verdict) -> String {
 pub fn text(run: &Run, allowed: &[Breach]) -> String {
     let (verdict, counts) = (&run.verdict, &run.verdict.counts);
     let mut page = String::new();
-    if let Some(first) = verdict.violations.first() {
+    // The first of those that count; else of those that may be.
+    let counts_for = |violation: &&Violation| !allowed.contains(&violation.breach);
+    let first = verdict.violations.iter().find(counts_for).or(verdict.violations.first());
+    if let Some(first) = first {
         let _ = writeln!(page, "The first violation ({}):\n{}", first.breach.as_str(), told(first));
     }
     let _ = writeln!(
@@ -206,6 +209,7 @@ pub fn json(run: &Run, allowed: &[Breach]) -> Json {
             "ambiguous": counts.ambiguous,
             "ambiguous_there": counts.ambiguous_there,
             "denied": counts.denied,
+            "announcements": counts.announcements,
             "lost_announced": counts.lost_announced,
             "lost_announced_seen": counts.lost_announced_seen,
             "longest_seconds": counts.longest_write.as_secs_f64(),
