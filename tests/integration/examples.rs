@@ -29,3 +29,21 @@ fn visit(directory: &Path, look: &mut impl FnMut(&Path)) {
         if path.is_dir() { visit(&path, look) } else { look(&path) }
     }
 }
+
+#[test]
+fn the_page_about_consistency_has_every_key_and_its_default() {
+    let file = include_str!("../../deploy/examples/full.toml");
+    let page = include_str!("../../docs/consistency.md");
+    for section in ["consistency", "durability"] {
+        let begin = format!("[cluster.abaci.{section}]\n");
+        let keys = file.split(&begin).nth(1).and_then(|rest| rest.split("\n[").next());
+        for line in keys.expect("the section is there").lines().filter(|line| !line.is_empty()) {
+            let (key, value) = line.trim_start_matches("# ").split_once('=').expect("a key");
+            let (key, default) = (key.trim(), value.split('#').next().unwrap_or("").trim());
+            let row = page.lines().find(|row| row.starts_with(&format!("| `{key}` |")));
+            let row = row.unwrap_or_else(|| panic!("{section}.{key} has no row"));
+            // Where it is commented out, the default is what no value says.
+            assert!(line.starts_with('#') || row.contains(&format!("`{default}`")), "{row}");
+        }
+    }
+}
