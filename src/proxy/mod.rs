@@ -26,7 +26,11 @@ use self::{
 };
 pub use self::{causal::LastWrites, cluster::Shared, hold::Hold, relay::ResponseBody};
 use crate::{
-    config::{self, Config, cluster::SendProxy, listener::Listener},
+    config::{
+        self, Config,
+        cluster::{SendProxy, UpstreamProtocol},
+        listener::Listener,
+    },
     decide::{
         self, Attempt, Cause, Class, Demands, Ended, Failure, FailureKind, History, HoldFor,
         Problem, Wanted,
@@ -755,6 +759,8 @@ impl Proxy {
         let this = Try {
             conn: walk.conn,
             upload: walk.upload.as_ref(),
+            // An upgrade is HTTP/1.1's.
+            h2: cluster.config.upstream.protocol == UpstreamProtocol::H2 && !walk.upgrade,
             speaks_for: walk.client.introduction(cluster.config.send_proxy),
             expects_continue,
             interim: walk.version == Version::HTTP_11,
@@ -879,8 +885,9 @@ impl Proxy {
             walk.conn.take_over(Box::new(move |client, ahead| {
                 Box::pin(async move {
                     shard.tunnels.add(1);
-                    let (node, first) = connection.into_stream().await;
-                    upgrade::join(client, ahead, node, first, idle).await;
+                    if let Some((node, first)) = connection.into_stream().await {
+                        upgrade::join(client, ahead, node, first, idle).await;
+                    }
                     shard.tunnels.sub(1);
                 })
             }));

@@ -16,6 +16,7 @@ mod roles;
 mod sessions;
 mod testkit;
 mod tls;
+mod upstream_h2;
 mod verify;
 mod writes;
 
