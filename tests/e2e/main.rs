@@ -21,6 +21,7 @@ mod process;
 mod failover;
 mod fixture;
 mod members;
+mod protocols;
 mod reads;
 mod verify;
 mod writes;
