@@ -166,6 +166,7 @@ impl Moment {
     }
 
     /// Brings it up to now.
+    #[expect(clippy::too_many_arguments, reason = "it is one picture of everything")]
     pub(super) fn look(
         &mut self,
         now: Instant,

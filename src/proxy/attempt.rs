@@ -135,9 +135,10 @@ pub(super) async fn run(
 ) -> Result<(Response<Incoming>, Box<Connection<RequestBody>>), Trouble> {
     let mut began = this.began;
     loop {
-        let pooled = match this.h2 {
-            true => node.shared(this.speaks_for),
-            false => node.take_idle(began, this.speaks_for),
+        let pooled = if this.h2 {
+            node.shared(this.speaks_for)
+        } else {
+            node.take_idle(began, this.speaks_for)
         };
         let mut reused = pooled.is_some();
         let mut connection = if let Some(connection) = pooled {

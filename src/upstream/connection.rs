@@ -58,6 +58,7 @@ pub struct Connection<B: Body + 'static> {
 
 /// What is spoken on it.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly every connection is the large one")]
 enum Speaks<B: Body + 'static> {
     Http1 {
         sender: http1::SendRequest<B>,

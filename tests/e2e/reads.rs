@@ -10,14 +10,19 @@ use crate::{
 #[test]
 fn reads_spread_over_the_replicas() {
     let cluster = Cluster::start();
-    let gate = Gate::start(&cluster, &gate::listed(&cluster), &gate::by_litefs(&cluster));
+    // One after the other: by latency alone the quicker replica would get nearly all of them.
+    let (members, primary) = (gate::listed(&cluster), gate::by_litefs(&cluster));
+    let balance = "balance = \"round-robin\"\n";
+    let gate = Gate::with(&cluster, cluster.proxy_port(), &members, &primary, balance);
     let mut served: BTreeMap<String, usize> = BTreeMap::new();
     for _ in 0..300 {
         *served.entry(gate.read()).or_default() += 1;
     }
-    assert_eq!(served.get(cluster.name(PRIMARY)), None, "{served:?}");
+    // A busy machine may make both replicas late for a moment: then the primary helps out.
+    let on = |node| served.get(cluster.name(node)).copied().unwrap_or_default();
+    assert!(on(PRIMARY) <= 15, "{served:?}");
     for replica in [1, 2] {
-        assert!(served.get(cluster.name(replica)).is_some_and(|n| *n >= 30), "{served:?}");
+        assert!(on(replica) >= 100, "{served:?}");
     }
 }
 

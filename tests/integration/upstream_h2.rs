@@ -119,7 +119,7 @@ async fn answer(request: Request<h2::RecvStream>, mut respond: h2::server::SendR
         return;
     }
     if parts.uri.path() == "/slow" {
-        tokio::time::sleep(Duration::from_secs(60)).await;
+        tokio::time::sleep(Duration::from_mins(1)).await;
     }
     for name in ["host", "connection", "transfer-encoding", "te", "via"] {
         if let Some(value) = parts.headers.get(name) {
@@ -145,7 +145,7 @@ async fn requests_share_one_connection_and_say_what_http2_says() {
     for _ in 0..20 {
         let address = gate.address();
         conns.push(tokio::spawn(async move {
-            client::request(address, "POST", "/a%2Fb?x=1", "te: trailers\r\n", &[b'x'; 70_000])
+            client::request(address, "POST", "/a%2Fb?x=1", "te: trailers\r\n", &vec![b'x'; 70_000])
                 .await
         }));
     }
