@@ -48,6 +48,8 @@ pub struct Cluster {
     /// `send_proxy`: whether connections to nodes begin with who the client is. They then carry
     /// requests of that client alone.
     pub send_proxy: SendProxy,
+    /// `[cluster.NAME.upstream]`
+    pub upstream: Upstream,
     /// `[cluster.NAME.timeouts]`
     pub timeouts: Timeouts,
     /// `[cluster.NAME.health]`
@@ -210,6 +212,23 @@ pub enum SendProxy {
     V1,
     /// Its version 2, binary.
     V2,
+}
+
+/// `[cluster.NAME.upstream]`: how nodes are spoken to.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Upstream {
+    /// `protocol`
+    pub protocol: UpstreamProtocol,
+}
+
+/// `protocol`
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum UpstreamProtocol {
+    /// HTTP/1.1
+    #[default]
+    Http1,
+    /// HTTP/2 by prior knowledge. An upgrade still goes by HTTP/1.1.
+    H2,
 }
 
 /// `[cluster.NAME.timeouts]`

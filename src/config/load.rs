@@ -17,7 +17,7 @@ use super::{
     cluster::{
         Balance, Cluster, Consistency, Consul, DATABASES, Durability, Health, Hold, Lookup,
         Members, Mode, OnRequest, OnTimeout, Prefer, Reads, Replay, Retry, RoleSource, Secret,
-        SendProxy, StaticNode, Timeouts,
+        SendProxy, StaticNode, Timeouts, Upstream, UpstreamProtocol,
     },
     diagnostic::{Diagnostic, Diagnostics, Place},
     limits::Limits,
@@ -383,6 +383,7 @@ fn cluster(name: &str, mut section: Section) -> Option<Cluster> {
             &[("off", SendProxy::Off), ("v1", SendProxy::V1), ("v2", SendProxy::V2)],
             SendProxy::Off,
         ),
+        upstream: upstream(section.section("upstream")),
         timeouts: timeouts(section.section("timeouts")),
         health: health(section.section("health")),
         retry: retry(section.section("retry")),
@@ -392,6 +393,7 @@ fn cluster(name: &str, mut section: Section) -> Option<Cluster> {
         durability,
     };
     the_api_is_not_the_app(&cluster, &section);
+    probes_are_understood(&cluster, &section);
     Some(cluster)
 }
 
@@ -612,6 +614,20 @@ fn absolute(path: &str) -> Result<Box<str>, String> {
         Ok(path.into())
     } else {
         Err("like \"/healthz\"".to_owned())
+    }
+}
+
+fn upstream(mut section: Section) -> Upstream {
+    let words = [("http/1.1", UpstreamProtocol::Http1), ("h2", UpstreamProtocol::H2)];
+    Upstream { protocol: section.word("protocol", &words, UpstreamProtocol::Http1) }
+}
+
+/// Probes speak HTTP/1.1: one that can't succeed would take every node out.
+fn probes_are_understood(cluster: &Cluster, section: &Section) {
+    if cluster.upstream.protocol == UpstreamProtocol::H2 && cluster.health.path.is_some() {
+        let message = "the active probe speaks HTTP/1.1, and the nodes HTTP/2".to_owned();
+        let help = Some("remove `path` of [cluster.NAME.health]: ejection still works".to_owned());
+        section.fault(&section.place, message, "in this cluster".into(), help);
     }
 }
 

@@ -47,6 +47,7 @@ pub fn schema() -> Value {
         "max_writes": count, "max_writes_wait": duration,
         "max_requests": count, "max_pending": count, "max_idle": count,
         "send_proxy": words(&["off", "v1", "v2"]),
+        "upstream": table(json!({ "protocol": words(&["http/1.1", "h2"]) })),
         "timeouts": table(json!({
             "connect": duration, "response_header": duration, "idle": duration,
             "tunnel_idle": duration, "tunnel_close": duration, "pool_idle": duration,

@@ -4,7 +4,7 @@ use std::{rc::Rc, task::Context, time::Duration};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::{
     body::{RequestBody, Upload},
@@ -14,7 +14,7 @@ use crate::{
     decide::{Failure, FailureKind, Problem},
     net::proxy_protocol::Introduction,
     server::Conn,
-    upstream::{self, Connection, Place},
+    upstream::{self, ConnectError, Connection, H2, Place},
 };
 
 /// How long a client that expects `100 Continue` is kept waiting for a node that says nothing:
@@ -93,6 +93,8 @@ pub(super) struct Try<'a> {
     pub(super) conn: &'a Rc<Conn>,
     /// The request's body, if it has one.
     pub(super) upload: Option<&'a Upload>,
+    /// By HTTP/2.
+    pub(super) h2: bool,
     /// Whom the connection to the node is to speak for.
     pub(super) speaks_for: Option<Introduction>,
     /// The client waits for `100 Continue`.
@@ -133,10 +135,19 @@ pub(super) async fn run(
 ) -> Result<(Response<Incoming>, Box<Connection<RequestBody>>), Trouble> {
     let mut began = this.began;
     loop {
-        let pooled = node.take_idle(began, this.speaks_for);
-        let reused = pooled.is_some();
+        let pooled = match this.h2 {
+            true => node.shared(this.speaks_for),
+            false => node.take_idle(began, this.speaks_for),
+        };
+        let mut reused = pooled.is_some();
         let mut connection = if let Some(connection) = pooled {
             connection
+        } else if this.h2 {
+            let opened = open_h2(node, this.speaks_for, this.connect).await;
+            let (opened, fresh) = opened.map_err(Trouble::Node)?;
+            reused = !fresh;
+            began = Instant::now();
+            opened
         } else {
             let opened = open(node, this.speaks_for, this.connect).await.map_err(Trouble::Node)?;
             began = Instant::now();
@@ -146,7 +157,7 @@ pub(super) async fn run(
             // The node closed a kept-alive connection just then, and nothing of the request has
             // left: not an attempt yet.
             Err(Trouble::Node(Failure { kind: FailureKind::StaleConnection, written: false }))
-                if reused => {}
+                if reused && !connection.was_refused() => {}
             Err(trouble) => return Err(trouble),
             Ok(response) => return Ok((response, connection)),
         }
@@ -163,6 +174,36 @@ async fn open(
         Ok(mut connection) => {
             connection.counted(node.load.cells.connected(began.elapsed()));
             Ok(Box::new(connection))
+        }
+        Err(error) => {
+            tracing::debug!(node = %node.name, address = %node.address, %error, "cannot connect");
+            Err(Failure { kind: error.kind(), written: false })
+        }
+    }
+}
+
+/// An HTTP/2 connection, and whether it was made for this exchange: those who come meanwhile wait
+/// for the first.
+async fn open_h2(
+    node: &Node,
+    speaks_for: Option<Introduction>,
+    limit: Duration,
+) -> Result<(Box<Connection<RequestBody>>, bool), Failure> {
+    let began = Instant::now();
+    let opening = timeout(limit, node.opening.lock()).await;
+    if let Some(connection) = node.shared(speaks_for) {
+        return Ok((connection, false));
+    }
+    let left = limit.saturating_sub(began.elapsed());
+    let opened = match opening {
+        Ok(_) => H2::open(node.address, speaks_for, left).await,
+        Err(_elapsed) => Err(ConnectError::Timeout),
+    };
+    match opened {
+        Ok(h2) => {
+            h2.counted(node.load.cells.connected(began.elapsed()));
+            node.share(&h2, Instant::now());
+            Ok((Box::new(Connection::over(&h2, speaks_for, true)), true))
         }
         Err(error) => {
             tracing::debug!(node = %node.name, address = %node.address, %error, "cannot connect");

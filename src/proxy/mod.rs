@@ -27,7 +27,11 @@ use self::{
 };
 pub use self::{causal::LastWrites, cluster::Shared, hold::Hold, relay::ResponseBody};
 use crate::{
-    config::{self, Config, cluster::SendProxy, listener::Listener},
+    config::{
+        self, Config,
+        cluster::{SendProxy, UpstreamProtocol},
+        listener::Listener,
+    },
     decide::{
         self, Attempt, Cause, Class, Demands, Ended, Failure, FailureKind, History, HoldFor,
         Problem, Wanted,
@@ -819,6 +823,8 @@ impl Proxy {
         let this = Try {
             conn: walk.conn,
             upload: walk.upload.as_ref(),
+            // An upgrade is HTTP/1.1's.
+            h2: cluster.config.upstream.protocol == UpstreamProtocol::H2 && !walk.upgrade,
             speaks_for: walk.client.introduction(cluster.config.send_proxy),
             expects_continue,
             interim: walk.version == Version::HTTP_11,
@@ -957,7 +963,10 @@ impl Proxy {
             walk.conn.take_over(Box::new(move |client, from_client| {
                 Box::pin(async move {
                     shard.tunnels.add(1);
-                    let (node, from_node) = connection.into_stream().await;
+                    let Some((node, from_node)) = connection.into_stream().await else {
+                        shard.tunnels.sub(1);
+                        return;
+                    };
                     let share = fastrand::f64();
                     let leave = async {
                         let demoted = async {

@@ -1,6 +1,6 @@
-//! One HTTP/1.1 connection to a node.
+//! One connection to a node, as an exchange uses it.
 //!
-//! hyper's connection future is not spawned as a task of its own: whoever has an exchange with
+//! On HTTP/1.1, hyper's connection future is not spawned as a task of its own: whoever has an exchange with
 //! the node polls it, and an idle connection is polled by nobody. That saves two task switches
 //! per request, and dropping a request closes its connection at once. What it asks for is a look
 //! at an idle connection before it is used again: [`Connection::is_usable`].
@@ -28,7 +28,10 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::interim;
+use super::{
+    h2::{self, H2, Handle},
+    interim,
+};
 use crate::{
     decide::{Failure, FailureKind},
     net::{Stream, proxy_protocol::Introduction},
@@ -39,11 +42,10 @@ use crate::{
 /// A connection to a node that carries request bodies of type `B`.
 #[derive(Debug)]
 pub struct Connection<B: Body + 'static> {
-    sender: http1::SendRequest<B>,
-    driver: http1::Connection<TokioIo<NodeIo>, B>,
-    /// HTTP on it is over: `driver` must not be polled again.
-    ended: bool,
+    speaks: Speaks<B>,
     wire: Rc<Wire>,
+    /// The node refused the exchange.
+    refused: bool,
     /// Exchanges begun on it.
     uses: u64,
     /// The client whose requests alone it carries, if the node was told.
@@ -52,6 +54,19 @@ pub struct Connection<B: Body + 'static> {
     idle_since: Instant,
     /// Counts it as open for as long as it is there.
     opened: Option<Opened>,
+}
+
+/// What is spoken on it.
+#[derive(Debug)]
+enum Speaks<B: Body + 'static> {
+    Http1 {
+        sender: http1::SendRequest<B>,
+        driver: http1::Connection<TokioIo<NodeIo>, B>,
+        /// HTTP on it is over: `driver` must not be polled again.
+        ended: bool,
+    },
+    /// Others use it too.
+    H2(Handle<B>),
 }
 
 /// What is known of the socket below hyper.
@@ -149,15 +164,37 @@ where
             .await
             .map_err(|error| ConnectError::Io(io::Error::other(error)))?;
         Ok(Self {
-            sender,
-            driver,
-            ended: false,
+            speaks: Speaks::Http1 { sender, driver, ended: false },
             wire,
+            refused: false,
             uses: 0,
             speaks_for,
             idle_since: Instant::now(),
             opened: None,
         })
+    }
+
+    /// For one exchange over a connection that others use too. `fresh`: it was just made.
+    pub fn over(h2: &Rc<H2<B>>, speaks_for: Option<Introduction>, fresh: bool) -> Self {
+        Self {
+            speaks: Speaks::H2(Handle::of(h2)),
+            wire: Rc::default(),
+            refused: false,
+            uses: u64::from(!fresh),
+            speaks_for,
+            idle_since: Instant::now(),
+            opened: None,
+        }
+    }
+
+    /// Whether the node said that it did not act on the request: it is there, but has no room.
+    pub fn was_refused(&self) -> bool {
+        self.refused
+    }
+
+    /// Whether it is given back to a pool. One that others use too is in none.
+    pub fn is_pooled(&self) -> bool {
+        matches!(self.speaks, Speaks::Http1 { .. })
     }
 
     /// Counts it as open from now on, until it is dropped or becomes a tunnel.
@@ -197,12 +234,15 @@ where
     /// would wake the very task that sends it, and whoever used the connection last as well.
     pub fn is_usable(&mut self) -> bool {
         self.poll_driver(&mut Context::from_waker(Waker::noop()));
-        !self.ended && self.sender.is_ready()
+        self.is_ready()
     }
 
     /// Whether it can carry another request, as far as is known without a look at the socket.
     pub fn is_ready(&self) -> bool {
-        !self.ended && self.sender.is_ready()
+        match &self.speaks {
+            Speaks::Http1 { sender, ended, .. } => !ended && sender.is_ready(),
+            Speaks::H2(handle) => !handle.is_closed(),
+        }
     }
 
     /// Sends a request and waits for the final response head. `gives_up` is asked on every poll
@@ -218,8 +258,11 @@ where
     ) -> Result<Response<Incoming>, Failure> {
         self.uses += 1;
         self.wire.begin();
-        let mut response = pin!(self.sender.send_request(request));
-        let (driver, ended) = (&mut self.driver, &mut self.ended);
+        let (sender, driver, ended) = match &mut self.speaks {
+            Speaks::Http1 { sender, driver, ended } => (sender, driver, ended),
+            Speaks::H2(_) => return self.exchange_h2(request, gives_up).await,
+        };
+        let mut response = pin!(sender.send_request(request));
         let result = poll_fn(|cx| {
             if !*ended {
                 *ended = Pin::new(&mut *driver).poll(cx).is_ready();
@@ -246,23 +289,63 @@ where
         Err(Failure { kind, written })
     }
 
+    async fn exchange_h2(
+        &mut self,
+        mut request: Request<B>,
+        mut gives_up: impl FnMut(&mut Context<'_>) -> bool,
+    ) -> Result<Response<Incoming>, Failure> {
+        let Speaks::H2(handle) = &self.speaks else {
+            return Err(Failure { kind: FailureKind::Closed, written: true });
+        };
+        handle.translate(&mut request);
+        // hyper does not show a node's interim answers here.
+        self.wire.continue_anyway();
+        let mut sender = handle.sender();
+        let mut response = pin!(sender.try_send_request(request));
+        let result = poll_fn(|cx| match response.as_mut().poll(cx) {
+            Poll::Ready(result) => Poll::Ready(Some(result)),
+            Poll::Pending if gives_up(cx) => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        })
+        .await;
+        let (kind, written) = match result {
+            Some(Ok(response)) => return Ok(response),
+            None => (FailureKind::ResponseTimeout, true),
+            // It comes back where nothing of it was sent: the connection had ended.
+            Some(Err(error)) if error.message().is_some() => (FailureKind::StaleConnection, false),
+            Some(Err(error)) if h2::is_unprocessed(error.error()) => {
+                self.refused = true;
+                (FailureKind::StaleConnection, false)
+            }
+            Some(Err(_)) => (FailureKind::Closed, true),
+        };
+        Err(Failure { kind, written })
+    }
+
     /// Lets the exchange go on: reads the response body into hyper's channel and sends what is
     /// left of the request.
     pub fn poll_driver(&mut self, cx: &mut Context<'_>) {
-        if !self.ended {
-            self.ended = Pin::new(&mut self.driver).poll(cx).is_ready();
+        if let Speaks::Http1 { driver, ended, .. } = &mut self.speaks
+            && !*ended
+        {
+            *ended = Pin::new(driver).poll(cx).is_ready();
         }
     }
 
-    /// After a 101: takes the socket out of HTTP, with what the node already sent on it.
-    pub async fn into_stream(mut self: Box<Self>) -> (Stream, Bytes) {
+    /// After a 101: takes the socket out of HTTP, with what the node already sent on it. `None`:
+    /// it is not this exchange's alone.
+    pub async fn into_stream(mut self: Box<Self>) -> Option<(Stream, Bytes)> {
         poll_fn(|cx| {
             self.poll_driver(cx);
-            if self.ended { Poll::Ready(()) } else { Poll::Pending }
+            match self.speaks {
+                Speaks::Http1 { ended: false, .. } => Poll::Pending,
+                _ => Poll::Ready(()),
+            }
         })
         .await;
-        let parts = self.driver.into_parts();
-        (parts.io.into_inner().stream, parts.read_buf)
+        let Speaks::Http1 { driver, .. } = self.speaks else { return None };
+        let parts = driver.into_parts();
+        Some((parts.io.into_inner().stream, parts.read_buf))
     }
 }
 

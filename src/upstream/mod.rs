@@ -3,9 +3,11 @@
 
 mod connection;
 mod gate;
+mod h2;
 mod interim;
 mod node;
 
 pub use connection::{ConnectError, Connection, Wire};
 pub use gate::{Full, Gate, Place};
+pub use h2::H2;
 pub use node::{Limits, Upstream, Upstreams};

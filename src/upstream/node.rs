@@ -10,9 +10,9 @@ use std::{
 
 use bytes::Bytes;
 use hyper::body::Body;
-use tokio::time::Instant;
+use tokio::{sync::Mutex, time::Instant};
 
-use super::{Connection, Gate};
+use super::{Connection, Gate, H2};
 use crate::{
     net::proxy_protocol::Introduction,
     topology::{NodeId, Topology},
@@ -45,6 +45,10 @@ pub struct Upstream<B: Body + 'static, L> {
     /// What the balancer remembers.
     pub load: L,
     idle: RefCell<Vec<Box<Connection<B>>>>,
+    /// Those that speak HTTP/2.
+    shared: RefCell<Vec<Rc<H2<B>>>>,
+    /// Who opens one: the others wait and use it.
+    pub opening: Mutex<()>,
     limits: Limits,
     /// It has left the topology: connections that come back are closed.
     gone: Cell<bool>,
@@ -73,9 +77,33 @@ where
         None
     }
 
+    /// An HTTP/2 connection with room for one more exchange.
+    pub fn shared(&self, speaks_for: Option<Introduction>) -> Option<Box<Connection<B>>> {
+        let mut shared = self.shared.borrow_mut();
+        shared.retain(|h2| !h2.is_closed());
+        let h2 = shared.iter().find(|h2| h2.has_room(speaks_for))?;
+        Some(Box::new(Connection::over(h2, speaks_for, false)))
+    }
+
+    /// Lets others use it too. Over the limit of idle ones, the one idle longest is closed.
+    pub fn share(&self, h2: &Rc<H2<B>>, now: Instant) {
+        if self.gone.get() {
+            return;
+        }
+        let mut shared = self.shared.borrow_mut();
+        if shared.iter().filter(|h2| h2.is_idle()).count() >= self.limits.idle.max(1)
+            && let Some(oldest) = (0..shared.len())
+                .filter(|place| shared.get(*place).is_some_and(|h2| h2.is_idle()))
+                .max_by_key(|place| shared.get(*place).map(|h2| h2.idle_for(now)))
+        {
+            shared.remove(oldest);
+        }
+        shared.push(Rc::clone(h2));
+    }
+
     /// Keeps a connection for the next request. Over the limit, the one idle longest is closed.
     pub fn keep(&self, mut connection: Box<Connection<B>>, now: Instant) {
-        if self.gone.get() || self.limits.idle == 0 {
+        if self.gone.get() || self.limits.idle == 0 || !connection.is_pooled() {
             return;
         }
         connection.rest(now);
@@ -89,11 +117,14 @@ where
     /// Closes connections that have been idle for too long.
     pub fn prune(&self, now: Instant) {
         self.idle.borrow_mut().retain(|c| c.idle_for(now) < self.limits.idle_for);
+        let is_kept = |h2: &Rc<H2<B>>| !h2.is_closed() && h2.idle_for(now) < self.limits.idle_for;
+        self.shared.borrow_mut().retain(is_kept);
     }
 
     /// How many connections are idle.
     pub fn idle(&self) -> usize {
-        self.idle.borrow().len()
+        let shared = self.shared.borrow();
+        self.idle.borrow().len() + shared.iter().filter(|h2| h2.is_idle()).count()
     }
 }
 
@@ -139,6 +170,8 @@ where
                     gate: Gate::new(self.limits.requests, self.limits.pending),
                     load: load(node),
                     idle: RefCell::default(),
+                    shared: RefCell::default(),
+                    opening: Mutex::default(),
                     limits: self.limits,
                     gone: Cell::new(false),
                 }),
@@ -148,6 +181,7 @@ where
         for departed in old {
             departed.gone.set(true);
             departed.idle.borrow_mut().clear();
+            departed.shared.borrow_mut().clear();
         }
     }
 

@@ -19,6 +19,7 @@ mod sessions;
 mod testkit;
 mod tls;
 mod tunnels;
+mod upstream_h2;
 mod verify;
 mod writes;
 

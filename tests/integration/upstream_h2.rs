@@ -1,0 +1,263 @@
+//! HTTP/2 to nodes.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use litegate::testkit::{Cluster, Options, client};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
+
+use crate::gate::Gate;
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// What a node does with a stream.
+#[derive(Clone, Copy)]
+enum Fault {
+    None,
+    /// Refuses the first of each connection.
+    Refuse,
+    /// Closes without an answer.
+    Close,
+    /// Resets with an error that proves nothing.
+    Reset,
+}
+
+struct Node {
+    address: SocketAddr,
+    connections: Arc<AtomicUsize>,
+    requests: Arc<AtomicUsize>,
+}
+
+impl Node {
+    async fn start(fault: Fault) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+        let address = listener.local_addr().expect("bound");
+        let (connections, requests) = (Arc::default(), Arc::default());
+        let node = Self { address, connections, requests };
+        let (connections, requests) = (Arc::clone(&node.connections), Arc::clone(&node.requests));
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                let first = connections.fetch_add(1, Ordering::SeqCst) == 0;
+                tokio::spawn(serve(
+                    socket,
+                    if first { fault } else { Fault::None },
+                    Arc::clone(&requests),
+                ));
+            }
+        });
+        node
+    }
+
+    async fn gate(&self, more: &str) -> Gate {
+        let cluster = Cluster::start(Options::default()).await.expect("loopback has ports");
+        let text = format!(
+            "[server]\nworkers = 1\n[[listener]]\naddress = \"127.0.0.1:0\"\n[admin]\naddress = \
+             \"127.0.0.1:0\"\n[access_log]\nformat = \"off\"\n[cluster.app]\nport = 1\nupstream = {{ \
+             protocol = \"h2\" }}\nmembers = {{ type = \"static\", nodes = [{{ name = \"a\", \
+             address = \"{}\" }}] }}\nprimary = {{ type = \"instance\", name = \"a\" }}\n{more}",
+            self.address
+        );
+        let gate = Gate::before(cluster, &text);
+        gate.until(|topology| topology.primary.is_some()).await;
+        gate
+    }
+}
+
+/// Answers with what the request said.
+async fn serve(socket: TcpStream, fault: Fault, requests: Arc<AtomicUsize>) {
+    let Ok(mut connection) = h2::server::handshake(socket).await else { return };
+    let mut refuse = matches!(fault, Fault::Refuse);
+    while let Some(Ok((request, mut respond))) = connection.accept().await {
+        match fault {
+            Fault::Refuse if refuse => {
+                refuse = false;
+                respond.send_reset(h2::Reason::REFUSED_STREAM);
+                continue;
+            }
+            Fault::Reset => {
+                requests.fetch_add(1, Ordering::SeqCst);
+                respond.send_reset(h2::Reason::INTERNAL_ERROR);
+                continue;
+            }
+            Fault::Close => {
+                requests.fetch_add(1, Ordering::SeqCst);
+                return;
+            }
+            _ => {}
+        }
+        requests.fetch_add(1, Ordering::SeqCst);
+        tokio::spawn(answer(request, respond));
+    }
+}
+
+async fn answer(request: Request<h2::RecvStream>, mut respond: h2::server::SendResponse<Bytes>) {
+    let (parts, mut body) = request.into_parts();
+    let mut length = 0;
+    while let Some(Ok(data)) = body.data().await {
+        length += data.len();
+        let _ = body.flow_control().release_capacity(data.len());
+    }
+    let trailers = body.trailers().await.ok().flatten().map_or(0, |trailers| trailers.len());
+    let mut response = Response::builder()
+        .header("trailer", "grpc-status")
+        .header("x-length", length)
+        .header("x-trailers", trailers);
+    if parts.uri.path() == "/trailers-only" {
+        let response = response.header("grpc-status", "12").body(()).expect("a response");
+        let _ = respond.send_response(response, true);
+        return;
+    }
+    if parts.uri.path() == "/slow" {
+        tokio::time::sleep(Duration::from_secs(60)).await;
+    }
+    for name in ["host", "connection", "transfer-encoding", "te", "via"] {
+        if let Some(value) = parts.headers.get(name) {
+            response = response.header(format!("seen-{name}"), value);
+        }
+    }
+    let uri = parts.uri.to_string();
+    let Ok(mut stream) = respond.send_response(response.body(()).expect("a response"), false)
+    else {
+        return;
+    };
+    let _ = stream.send_data(uri.into(), false);
+    let mut trailers = http::HeaderMap::new();
+    trailers.insert("grpc-status", "0".parse().expect("a value"));
+    let _ = stream.send_trailers(trailers);
+}
+
+#[tokio::test]
+async fn requests_share_one_connection_and_say_what_http2_says() {
+    let node = Node::start(Fault::None).await;
+    let gate = node.gate("").await;
+    let mut conns = Vec::new();
+    for _ in 0..20 {
+        let address = gate.address();
+        conns.push(tokio::spawn(async move {
+            client::request(address, "POST", "/a%2Fb?x=1", "te: trailers\r\n", &[b'x'; 70_000])
+                .await
+        }));
+    }
+    for conn in conns {
+        let answer = timeout(SOON, conn).await.expect("in time").expect("it works");
+        let answer = answer.expect("an answer");
+        assert_eq!(answer.status, 200);
+        assert_eq!(answer.field("x-length"), Some("70000"));
+        assert!(answer.text().starts_with("http://") && answer.text().ends_with("/a%2Fb?x=1"));
+        assert_eq!(answer.field("seen-te"), Some("trailers"));
+        for name in ["seen-host", "seen-connection", "seen-transfer-encoding"] {
+            assert_eq!(answer.field(name), None, "{name}");
+        }
+        assert_eq!(answer.trailers, [("grpc-status".to_owned(), "0".to_owned())]);
+    }
+    assert_eq!(node.connections.load(Ordering::SeqCst), 1);
+    let bare = gate.send("GET", "/trailers-only", b"").await;
+    assert_eq!((bare.status, bare.field("grpc-status")), (200, Some("12")));
+}
+
+#[tokio::test]
+async fn what_was_refused_is_sent_again_writes_too() {
+    for fault in [Fault::Refuse, Fault::None] {
+        let node = Node::start(fault).await;
+        let gate = node.gate("").await;
+        for method in ["POST", "GET"] {
+            assert_eq!(gate.send(method, "/", b"x").await.status, 200);
+        }
+        assert_eq!(node.requests.load(Ordering::SeqCst), 2);
+    }
+}
+
+#[tokio::test]
+async fn what_may_have_run_is_not_sent_again() {
+    for fault in [Fault::Close, Fault::Reset] {
+        let node = Node::start(fault).await;
+        let gate = node.gate("").await;
+        let answer = gate.send("POST", "/", b"x").await;
+        assert_eq!(answer.status, StatusCode::BAD_GATEWAY.as_u16());
+        assert!(answer.text().contains("maybe_executed"), "{}", answer.text());
+        assert_eq!(node.requests.load(Ordering::SeqCst), 1);
+        let again = gate.send("POST", "/", b"x").await;
+        if matches!(fault, Fault::Close) {
+            assert_eq!(again.status, 200, "over another connection");
+        }
+    }
+}
+
+/// A GOAWAY that names no stream proves that nothing ran; one that names ours proves nothing.
+#[tokio::test]
+async fn a_goaway_is_taken_at_its_word() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    for (last, sent_again) in [(0u8, true), (1, false)] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+        let address = listener.local_addr().expect("bound");
+        let requests = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&requests);
+        tokio::spawn(async move {
+            let (mut first, _) = listener.accept().await.expect("a connection");
+            first.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.expect("settings go out");
+            // The preface, and frames until there are HEADERS.
+            let mut preface = [0; 24];
+            first.read_exact(&mut preface).await.expect("a preface");
+            loop {
+                let mut head = [0; 9];
+                first.read_exact(&mut head).await.expect("a frame");
+                let length = usize::from(head[1]) * 256 + usize::from(head[2]);
+                let mut payload = vec![0; length];
+                first.read_exact(&mut payload).await.expect("its payload");
+                if head[3] == 1 {
+                    break;
+                }
+            }
+            let goaway = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, last, 0, 0, 0, 0];
+            first.write_all(&goaway).await.expect("it goes out");
+            first.shutdown().await.expect("the end");
+            let mut rest = Vec::new();
+            let _ = first.read_to_end(&mut rest).await;
+            while let Ok((socket, _)) = listener.accept().await {
+                tokio::spawn(serve(socket, Fault::None, Arc::clone(&counted)));
+            }
+        });
+        let node = Node { address, connections: Arc::default(), requests };
+        let gate = node.gate("").await;
+        let answer = gate.send("POST", "/", b"x").await;
+        let (status, runs) = if sent_again { (200, 1) } else { (502, 0) };
+        assert_eq!(answer.status, status, "last stream {last}");
+        assert_eq!(node.requests.load(Ordering::SeqCst), runs, "last stream {last}");
+    }
+}
+
+#[tokio::test]
+async fn an_idle_connection_is_closed_and_another_opened() {
+    let node = Node::start(Fault::None).await;
+    let gate = node.gate("[cluster.app.timeouts]\npool_idle = \"200ms\"\n").await;
+    assert_eq!(gate.send("GET", "/", b"").await.status, 200);
+    let deadline = tokio::time::Instant::now() + SOON;
+    while gate.metric("litegate_upstream_connections", "").await > 0 {
+        assert!(tokio::time::Instant::now() < deadline, "{}", gate.metrics().await);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(gate.send("GET", "/", b"").await.status, 200);
+    assert_eq!(node.connections.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn a_probe_that_can_not_succeed_is_refused() {
+    let text = "[[listener]]\naddress = \"127.0.0.1:0\"\n[cluster.app]\nport = 1\nupstream = { \
+                protocol = \"h2\" }\nhealth = { path = \"/\" }\nmembers = { type = \"static\", nodes \
+                = [{ name = \"a\", address = \"127.0.0.1\" }] }\nprimary = { type = \"instance\", \
+                name = \"a\" }\n";
+    let faults = litegate::config::load::parse("test.toml", text, []).expect_err("it can't work");
+    assert!(faults.to_string().contains("the active probe speaks HTTP/1.1"), "{faults}");
+}
