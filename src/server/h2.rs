@@ -9,6 +9,7 @@ use std::{
     convert::Infallible,
     error::Error as _,
     future::{Future, poll_fn},
+    io,
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll},
@@ -21,13 +22,14 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     task::JoinSet,
     time::{Instant, sleep_until},
 };
 
 use super::{
     Abort, ClientFault, Limits, Origin, Refusal, Service,
-    conn::{Conn, Look, TICK},
+    conn::{Conn, Look, TICK, linger},
     drain,
     frames::Frames,
     io::ClientIo,
@@ -222,7 +224,8 @@ pub(super) async fn serve<S: Service + 'static>(
         }
     });
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    let mut http = pin!(
+    let io = Rc::new(RefCell::new(io));
+    let mut http = Box::pin(
         http2::Builder::new(Spawner(Rc::clone(&shared)))
             .max_concurrent_streams(number(limits.streams))
             .max_header_list_size(number(limits.header_bytes))
@@ -230,7 +233,7 @@ pub(super) async fn serve<S: Service + 'static>(
             .initial_connection_window_size(connection_window(limits.streams))
             .max_send_buf_size(SEND_BUFFER)
             .enable_connect_protocol()
-            .serve_connection(TokioIo::new(io), answer)
+            .serve_connection(TokioIo::new(Lent(Rc::clone(&io))), answer),
     );
     let mut timer = pin!(sleep_until(began + TICK));
     let mut drained = pin!(drain.started());
@@ -286,16 +289,64 @@ pub(super) async fn serve<S: Service + 'static>(
     match stop {
         Stop::Flood => refused(ClientFault::Flood, ""),
         Stop::Stalled => refused(ClientFault::Stalled, ""),
-        Stop::Ended(Err(error)) => {
-            if let Some(fault) = fault(&error) {
+        Stop::Ended(Err(ref error)) => {
+            if let Some(fault) = fault(error) {
                 refused(fault, &error.to_string());
             }
         }
         Stop::Ended(Ok(())) | Stop::Gone => {}
     }
+    let lingers = !matches!(stop, Stop::Stalled);
     // What still runs is for nobody. Taken out first: a task that is dropped may look in here.
     let tasks = shared.tasks.take();
-    drop(tasks);
+    drop((tasks, http));
+    // Our last words must not be overtaken by a reset for what nobody reads any more.
+    if let Some(io) = Rc::into_inner(io).filter(|_| lingers) {
+        linger(io.into_inner().into_parts().0, &[]).await;
+    }
+}
+
+/// The socket, which hyper does not give back.
+struct Lent(Rc<RefCell<ClientIo>>);
+
+impl AsyncRead for Lent {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Lent {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_shutdown(cx)
+    }
 }
 
 fn connection_window(streams: usize) -> u32 {
