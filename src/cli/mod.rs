@@ -75,6 +75,9 @@ enum Command {
         /// A field of it, like `-H 'x-kind: query'`
         #[arg(short = 'H', long = "header")]
         headers: Vec<String>,
+        /// As if it came from one of `trusted_proxies`
+        #[arg(long)]
+        trusted: bool,
     },
     /// Print a JSON Schema of the configuration, for editors
     Schema,
@@ -155,8 +158,8 @@ pub fn main() -> ExitCode {
         Command::Check { file, online } => {
             file.load().map(|config| check::check(&file.config, &config, online))
         }
-        Command::Explain { file, method, url, headers } => {
-            file.load().map(|config| explain::explain(&config, &method, &url, &headers))
+        Command::Explain { file, method, url, headers, trusted } => {
+            file.load().map(|config| explain::explain(&config, &method, &url, &headers, trusted))
         }
         Command::Schema => {
             println!("{:#}", crate::config::schema::schema());
