@@ -30,9 +30,11 @@ use crate::{
     },
     topology,
 };
+pub use look::{Found, look};
 use worker::{Command, Outfit, limits, work};
 
 mod handoff;
+mod look;
 mod reload;
 mod worker;
 

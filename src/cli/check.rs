@@ -1,19 +1,27 @@
 //! `litegate check`: is the configuration right, and with `--online`, is the world as it says?
 
-use std::{
-    net::{SocketAddr, TcpStream, ToSocketAddrs as _},
-    path::Path,
-    process::ExitCode,
-    time::Duration,
+use std::{net::SocketAddr, path::Path, process::ExitCode, time::Duration};
+
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout},
 };
 
 use crate::{
-    app,
-    config::{Config, cluster::Members},
+    app::{self, Found},
+    config::{
+        Config,
+        cluster::{Cluster, Members, RoleSource},
+    },
+    topology::{Freshness, Node, Presence},
 };
 
 /// How long a port may take to answer.
 const CONNECT: Duration = Duration::from_secs(2);
+/// How long everything may take to be found out.
+const LOOK: Duration = Duration::from_secs(6);
+/// How long a source that names the primary is given to say that it can't.
+const LATE: Duration = Duration::from_secs(3);
 
 pub(super) fn check(path: &Path, config: &Config, online: bool) -> ExitCode {
     let plural = |n: usize, word: &str| format!("{n} {word}{}", if n == 1 { "" } else { "s" });
@@ -25,42 +33,97 @@ pub(super) fn check(path: &Path, config: &Config, online: bool) -> ExitCode {
         plural(config.clusters.len(), "cluster"),
         plural(routes, "route"),
     );
-    if let Err(error) = app::read_files(config) {
-        println!("{error}");
-        return ExitCode::FAILURE;
-    }
     if !online {
         return ExitCode::SUCCESS;
     }
-    let mut fine = true;
-    for cluster in &config.clusters {
-        let addresses: Vec<SocketAddr> = match &cluster.members {
-            Members::Static(nodes) => nodes.iter().map(|node| node.address).collect(),
-            Members::Dns(lookup) => match (&*lookup.name, cluster.port).to_socket_addrs() {
-                Ok(found) => found.collect(),
-                Err(error) => {
-                    println!("cluster {}: {} does not resolve: {error}", cluster.name, lookup.name);
-                    fine = false;
-                    continue;
-                }
-            },
-            Members::Srv(lookup) => {
-                println!(
-                    "cluster {}: SRV {} is looked up by `run` only",
-                    cluster.name, lookup.name
-                );
-                continue;
-            }
-        };
-        for address in addresses {
-            match TcpStream::connect_timeout(&address, CONNECT) {
-                Ok(_) => println!("cluster {}: {address} answers", cluster.name),
-                Err(error) => {
-                    println!("cluster {}: {address} does not answer: {error}", cluster.name);
-                    fine = false;
-                }
-            }
+    // What a source has against an answer is in the log.
+    crate::telemetry::init_logging("warn");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime {
+        Ok(runtime) if runtime.block_on(look(config)) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
         }
     }
-    if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Whether all is as the configuration says.
+async fn look(config: &Config) -> bool {
+    let names = |source: &RoleSource| !matches!(source, RoleSource::Litefs { .. });
+    let is_patient = config.clusters.iter().any(|cluster| cluster.primary.iter().any(names));
+    let least = if is_patient { LATE } else { Duration::ZERO };
+    let found = app::look(config, least, LOOK).await;
+    let mut fine = true;
+    for (cluster, found) in config.clusters.iter().zip(&found) {
+        let mut ports = Vec::new();
+        for node in members(found) {
+            ports.push(port(node.address).await);
+        }
+        let (lines, is_fine) = report(cluster, found, &ports);
+        lines.iter().for_each(|line| println!("{line}"));
+        fine &= is_fine;
+    }
+    fine
+}
+
+fn members(found: &Found) -> impl Iterator<Item = &Node> {
+    found.topology.nodes.iter().filter(|node| node.presence == Presence::Member)
+}
+
+/// Why nobody answers there.
+async fn port(address: SocketAddr) -> Option<String> {
+    let began = Instant::now();
+    match timeout(CONNECT, TcpStream::connect(address)).await {
+        Ok(Ok(_)) => None,
+        Ok(Err(error)) => Some(error.to_string()),
+        Err(_) => Some(format!("no answer in {:.0} s", began.elapsed().as_secs_f64())),
+    }
+}
+
+/// What was found of a cluster, and whether it is as it should be. `ports`: for each member, why
+/// its port does not answer.
+fn report(cluster: &Cluster, found: &Found, ports: &[Option<String>]) -> (Vec<String>, bool) {
+    let (topology, name) = (&found.topology, &cluster.name);
+    let mut lines = Vec::new();
+    let mut fine = true;
+    let what = match &cluster.members {
+        Members::Dns(lookup) => format!("`{}`", lookup.name),
+        Members::Srv(lookup) => format!("SRV `{}`", lookup.name),
+        Members::Static(_) => "the configuration".to_owned(),
+    };
+    let count = members(found).count();
+    if topology.resolved && count > 0 {
+        lines.push(format!("cluster {name}: {count} members by {what}"));
+    } else {
+        fine = false;
+        lines.push(format!("cluster {name}: NO MEMBERS: {what} does not resolve"));
+    }
+    for (node, trouble) in members(found).zip(ports) {
+        let lag = node.lag.map(|lag| format!(", {:.1} s behind", lag.as_secs_f64()));
+        let lag = lag.unwrap_or_default();
+        let is_late = if node.freshness == Freshness::TooFar { ": SERVES NO READS" } else { "" };
+        let answers = match trouble {
+            None => "answers".to_owned(),
+            Some(error) => {
+                fine = false;
+                format!("DOES NOT ANSWER: {error}")
+            }
+        };
+        let (address, role) = (node.address, node.role);
+        lines.push(format!("  {}  {address}  {role}{lag}{is_late}  {answers}", node.name));
+    }
+    match topology.primary() {
+        Some(primary) => lines.push(format!("  primary: {}", primary.name)),
+        None => {
+            fine = false;
+            lines.push(format!("  NO PRIMARY: {}", topology.primary_gap.meaning()));
+        }
+    }
+    for (source, why) in &found.silent {
+        fine = false;
+        lines.push(format!("  {} HAS NO NEWS: {}", source.as_str(), why.as_str()));
+    }
+    (lines, fine)
 }

@@ -51,10 +51,16 @@ enum Command {
         file: File,
     },
     /// Say everything that is wrong with a configuration
+    ///
+    /// With --online it looks at the world as `run` would, and says who is a member, who is primary,
+    /// how far each replica is behind, which ports do not answer and which source has no news.
+    #[command(
+        after_help = "Exit codes: 0 all is right, 1 the world is not as it says, 3 the file is wrong."
+    )]
     Check {
         #[command(flatten)]
         file: File,
-        /// Also: do names resolve, do ports answer?
+        /// Also: ask DNS, LiteFS, Consul and whatever else is configured, for some seconds
         #[arg(long)]
         online: bool,
     },
@@ -69,12 +75,31 @@ enum Command {
         /// A field of it, like `-H 'x-kind: query'`
         #[arg(short = 'H', long = "header")]
         headers: Vec<String>,
+        /// As if it came from one of `trusted_proxies`
+        #[arg(long)]
+        trusted: bool,
     },
     /// Print a JSON Schema of the configuration, for editors
     Schema,
-    /// Run a three-node cluster and litegate in this process, and lose no write
+    /// Run a three-node cluster and two litegates in this process, to look at
+    ///
+    /// Clients write and read through both litegates in turn, while the primary is killed, frozen, cut
+    /// off, and handed over. A judge hears what they are told. The same writes go to the same nodes
+    /// without litegate, for comparison.
+    #[command(after_help = "\
+Keys: k kill the primary; h hand over to another node; f freeze the primary; s cut a replica off from
+it, or join it again; l let a node take the lease without what it lacks; m mend everything; a things
+happen by themselves, or not; q or Ctrl-C close the books, and once more: at once.
+
+Without a terminal it prints a line each second. NO_COLOR is respected.
+
+Exit codes: 0 nothing was lost that was not announced, nothing ran twice, and no client read the past
+of its own write; 1 otherwise.
+
+  litegate demo
+  litegate demo --duration 30s")]
     Demo {
-        /// End after this long, with a summary; exit code 0 only if nothing was lost
+        /// End after this long, with a summary
         #[arg(long, value_parser = units::duration)]
         duration: Option<Duration>,
     },
@@ -124,7 +149,7 @@ fn is_coloured() -> bool {
 pub fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run { file } => file.load().map(|config| {
-            crate::telemetry::init_logging();
+            crate::telemetry::init_logging("info");
             crate::app::run(file.config.clone(), config).unwrap_or_else(|error| {
                 eprintln!("error: {error}");
                 ExitCode::FAILURE
@@ -133,8 +158,8 @@ pub fn main() -> ExitCode {
         Command::Check { file, online } => {
             file.load().map(|config| check::check(&file.config, &config, online))
         }
-        Command::Explain { file, method, url, headers } => {
-            file.load().map(|config| explain::explain(&config, &method, &url, &headers))
+        Command::Explain { file, method, url, headers, trusted } => {
+            file.load().map(|config| explain::explain(&config, &method, &url, &headers, trusted))
         }
         Command::Schema => {
             println!("{:#}", crate::config::schema::schema());

@@ -429,7 +429,8 @@ fn members(section: &mut Section, port: u16) -> Option<Members> {
     };
     let name = format!("{}.members", section.name);
     let mut table = section.table(&name, "members", value);
-    match table.text("type").as_deref() {
+    let types = ["dns", "srv", "static"].map(|kind| (kind, kind));
+    match table.choice("type", &types) {
         Some("dns") => Some(Members::Dns(lookup(&mut table)?)),
         Some("srv") => Some(Members::Srv(lookup(&mut table)?)),
         Some("static") => {
@@ -457,7 +458,7 @@ fn members(section: &mut Section, port: u16) -> Option<Members> {
         }
         Some(_) | None => {
             table.missing("type", "one of \"dns\", \"srv\", \"static\"");
-            drop(table.take_all());
+            table.forget_but("type");
             None
         }
     }
@@ -507,7 +508,9 @@ fn primary(section: &mut Section) -> Vec<RoleSource> {
     let mut sources = Vec::new();
     for value in list {
         let mut table = section.table(&name, "primary", value.clone());
-        let source = match table.text("type").as_deref() {
+        let types =
+            ["litefs", "consul", "instance", "dns", "http", "file"].map(|kind| (kind, kind));
+        let source = match table.choice("type", &types) {
             Some("litefs") => Some(RoleSource::Litefs {
                 port: table
                     .integer("port", 1..=65535)
@@ -527,7 +530,7 @@ fn primary(section: &mut Section) -> Vec<RoleSource> {
             Some("file") => file(&mut table),
             _ => {
                 table.missing("type", ROLE_SOURCES);
-                drop(table.take_all());
+                table.forget_but("type");
                 None
             }
         };
@@ -960,6 +963,30 @@ tiemout = "30s"
 
         4 errors
         "#);
+    }
+
+    #[test]
+    fn what_is_wrong_or_misspelt_is_not_called_missing_too() {
+        let faults = parsed(
+            r#"[[listener]]
+adress = "0.0.0.0:8080"
+[cluster.abaci]
+port = "3000"
+members = { type = "dnss", name = "x" }
+primary = [{ typ = "litefs" }, { kind = "litefs" }]
+"#,
+        )
+        .unwrap_err();
+        assert!(faults.contains("did you mean `address`?"), "{faults}");
+        assert!(faults.contains("`port` needs a whole number"), "{faults}");
+        assert!(faults.contains("did you mean \"dns\"?"), "{faults}");
+        assert!(faults.contains("did you mean `type`?"), "{faults}");
+        assert_eq!(faults.matches(" is missing").count(), 1, "{faults}");
+        assert!(faults.contains("5 errors"), "{faults}");
+        // Written, and nothing in it: that is missing.
+        let empty = "[[listener]]\naddress = \"0.0.0.0:80\"\n[cluster.a]\nport = 1\n\
+                     members = { type = \"static\", nodes = [] }\nprimary = []\n";
+        assert_eq!(parsed(empty).unwrap_err().matches(" is missing").count(), 2);
     }
 
     #[test]

@@ -119,13 +119,16 @@ pub(super) struct Section {
     pub(super) place: Place,
     entries: Vec<Entry>,
     known: Vec<&'static str>,
+    /// Those of them that are written, and how many faults there were before they were read.
+    written: Vec<(&'static str, usize)>,
     faults: Faults,
 }
 
 impl Section {
     pub(super) fn new(name: &str, place: Place, entries: Vec<Entry>, faults: &Faults) -> Self {
         let name = name.to_owned();
-        Self { name, place, entries, known: Vec::new(), faults: Rc::clone(faults) }
+        let faults = Rc::clone(faults);
+        Self { name, place, entries, known: Vec::new(), written: Vec::new(), faults }
     }
 
     /// Remembers a fault.
@@ -143,6 +146,7 @@ impl Section {
     pub(super) fn take(&mut self, key: &'static str) -> Option<Value> {
         self.known.push(key);
         let index = self.entries.iter().position(|entry| entry.key == key)?;
+        self.written.push((key, self.faults.borrow().len()));
         Some(self.entries.remove(index).value)
     }
 
@@ -154,6 +158,12 @@ impl Section {
     /// All that is left, with names that the operator chose.
     pub(super) fn take_all(&mut self) -> Vec<Entry> {
         std::mem::take(&mut self.entries)
+    }
+
+    /// All that is left is nobody's: what its keys mean depends on `key`, which is wrong or missing.
+    /// Only what may be `key` misspelt is still told of.
+    pub(super) fn forget_but(&mut self, key: &str) {
+        self.entries.retain(|entry| closest(&entry.key, std::iter::once(key)).is_some());
     }
 
     /// A table below this one; empty where it is not written.
@@ -307,6 +317,11 @@ impl Section {
         words: &[(&str, T)],
         default: T,
     ) -> T {
+        self.choice(key, words).unwrap_or(default)
+    }
+
+    /// One of a few words, where none is the default.
+    pub(super) fn choice<T: Copy>(&mut self, key: &'static str, words: &[(&str, T)]) -> Option<T> {
         let all: Vec<_> = words.iter().map(|(word, _)| format!("\"{word}\"")).collect();
         let wanted = format!("one of {}", all.join(", "));
         self.parsed(key, &wanted, |text| {
@@ -316,7 +331,6 @@ impl Section {
                 near.map_or_else(|| wanted.clone(), |near| format!("did you mean \"{near}\"?"))
             })
         })
-        .unwrap_or(default)
     }
 
     /// A list, or a single value in place of a list of one.
@@ -351,8 +365,16 @@ impl Section {
         all
     }
 
-    /// Says that a key is missing.
+    /// Says that a key is missing. Where it is there and wrong, or misspelt, that is said already.
     pub(super) fn missing(&self, key: &str, help: &str) {
+        let is_meant = |entry: &Entry| {
+            closest(&entry.key, self.known.iter().copied()).is_some_and(|meant| meant == key)
+        };
+        let faults = self.faults.borrow().len();
+        let is_wrong = self.written.iter().any(|(known, before)| *known == key && faults > *before);
+        if is_wrong || self.entries.iter().any(is_meant) {
+            return;
+        }
         let message = if self.name.is_empty() {
             format!("`{key}` is missing")
         } else {

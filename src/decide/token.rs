@@ -347,22 +347,39 @@ pub fn judge(need: &Need, lineage: &[Epoch], primary: Option<&Positions>) -> Sta
             start.get(*database).is_some_and(|began| needed.txid > began.txid)
         })
     };
-    // A process may have been primary more than once: the token is of the last time that began
+    // A process may have been primary more than once: the token is of one of the times that began
     // before its position.
-    let of = need.lineage.and_then(|id| {
-        lineage.iter().rposition(|epoch| {
-            epoch.incarnation == id && epoch.start.as_deref().is_none_or(goes_beyond)
-        })
-    });
-    if let Some(of) = of {
+    let is_of = |epoch: &Epoch| {
+        need.lineage == Some(epoch.incarnation) && epoch.start.as_deref().is_none_or(goes_beyond)
+    };
+    let is_lost_after = |of: usize| {
         let later = lineage.get(of + 1..).unwrap_or_default();
-        if later.iter().filter_map(|epoch| epoch.start.as_deref()).any(goes_beyond) {
-            return Standing::Gone;
-        }
+        later.iter().filter_map(|epoch| epoch.start.as_deref()).any(goes_beyond)
+    };
+    let (first, last) = match need.lineage {
+        Some(_) => (lineage.iter().position(is_of), lineage.iter().rposition(is_of)),
+        None => (None, None),
+    };
+    if last.is_some_and(is_lost_after) {
+        return Standing::Gone;
     }
     let Some(primary) = primary.filter(|positions| !positions.is_empty()) else {
         return Standing::Stands;
     };
+    if first != last && first.is_some_and(is_lost_after) {
+        // Gone if it is of the first time, there if it is of the last: the numbers are the same,
+        // only the checksum tells, and that only once the primary is there again. Where it is
+        // forgotten already, nothing speaks against the token.
+        return need.databases.iter().fold(Standing::Stands, |so_far, (database, needed)| {
+            let known = primary.get(*database).map_or(0, |position| position.txid);
+            match primary.checksum(*database, needed.txid) {
+                _ if so_far == Standing::Gone => Standing::Gone,
+                Some(checksum) if checksum != 0 && checksum != needed.checksum => Standing::Gone,
+                None if known < needed.txid => Standing::Ahead,
+                _ => so_far,
+            }
+        });
+    }
     match need.reach(primary) {
         Reach::Reached | Reach::Unknown => Standing::Stands,
         Reach::Diverged => Standing::Gone,
@@ -478,6 +495,24 @@ mod tests {
         let primary = at(1, 9, 20, 3);
         assert_eq!(judge(&need(1, 7, 1), &lineage, Some(&primary)), Standing::Gone);
         assert_eq!(judge(&need(1, 9, 3), &lineage, Some(&primary)), Standing::Stands);
+    }
+
+    #[test]
+    fn a_write_of_an_earlier_time_is_told_from_its_number_s_next_use() {
+        // Process 1 was primary, lost what it had beyond 5, and is primary again from 8 on.
+        let lineage =
+            [epoch(1, None), epoch(2, Some(at(2, 1, 5, 1))), epoch(1, Some(at(1, 1, 8, 2)))];
+        let lost = need(1, 15, 1);
+        let kept = need(1, 15, 3);
+        let late = at(1, 9, 14, 3);
+        assert_eq!(judge(&lost, &lineage, Some(&late)), Standing::Ahead, "nobody can say yet");
+        assert_eq!(judge(&kept, &lineage, Some(&late)), Standing::Ahead);
+        let there = at(1, 9, 20, 3);
+        assert_eq!(judge(&lost, &lineage, Some(&there)), Standing::Gone);
+        assert_eq!(judge(&kept, &lineage, Some(&there)), Standing::Stands);
+        // No false alarm for whoever comes back after a long time.
+        let long_ago = at(1, 9, 1_000, 3);
+        assert_eq!(judge(&kept, &lineage, Some(&long_ago)), Standing::Stands);
     }
 
     #[test]

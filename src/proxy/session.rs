@@ -27,6 +27,9 @@ use crate::{
 /// The longest that an exact reading is waited for, where nothing else says how long.
 pub(super) const EXACT: Duration = Duration::from_secs(1);
 
+/// How long the feed may be behind an exact reading.
+const FEED: Duration = Duration::from_millis(100);
+
 /// What became of a client's token.
 #[derive(Debug, Default)]
 pub(super) struct Session {
@@ -200,14 +203,42 @@ async fn standing(cluster: &Cluster, need: &Need) -> (Standing, Lineage) {
     cluster.counted(|cells| cells.exact.add(1));
     let standing = match timeout_at(Instant::now() + EXACT, progress.exact()).await {
         Ok(Some(exact)) => match need.reach(&exact) {
-            Reach::Reached | Reach::Unknown => Standing::Stands,
+            Reach::Reached => Standing::Stands,
             Reach::NotYet => Standing::Ahead,
             Reach::Diverged => Standing::Gone,
+            // The reading is past it. What was on the way there the feed tells in a moment.
+            Reach::Unknown => fed(cluster, need).await,
         },
         // Nobody can say: then nothing speaks against it.
         Ok(None) | Err(_) => Standing::Stands,
     };
     (standing, by)
+}
+
+/// What the feed tells, which is behind an exact reading for a moment at most.
+async fn fed(cluster: &Cluster, need: &Need) -> Standing {
+    let look = || {
+        cluster.history(|lineage, primary| {
+            let known = primary.map(|progress| progress.get());
+            token::judge(need, lineage, known.as_deref().map(|known| &**known))
+        })
+    };
+    let bell = cluster.history(|_, primary| primary.map(|progress| Arc::clone(progress.bell())));
+    let listening = bell.and_then(|bell| bell.listen(cluster.config.hold.max_requests));
+    let deadline = Instant::now() + FEED;
+    let mut standing = look();
+    if let Some(mut listening) = listening {
+        while standing == Standing::Ahead {
+            if timeout_at(deadline, listening.rung()).await.is_err() {
+                break;
+            }
+            standing = look();
+        }
+    }
+    match standing {
+        Standing::Gone => Standing::Gone,
+        Standing::Stands | Standing::Ahead => Standing::Stands,
+    }
 }
 
 /// The name of the cookie, for the only cluster or for one of several.

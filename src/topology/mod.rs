@@ -88,6 +88,19 @@ pub enum PrimaryGap {
     Tripped,
 }
 
+impl PrimaryGap {
+    /// In words, for operators.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Self::Unknown => "no source has named one",
+            Self::NotAMember => "a name is known, but no member goes by it",
+            Self::Unreachable => "the one that claimed it does not answer any more",
+            Self::SplitBrain => "two nodes claim it, and nothing tells whose claim is newer",
+            Self::Tripped => "the claimant lacks data that was seen: an operator has to confirm it",
+        }
+    }
+}
+
 /// One incarnation of a node: a restarted process, or a new pod on an old address, is another.
 /// Never used twice within one run of litegate.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
