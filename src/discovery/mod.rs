@@ -341,6 +341,7 @@ impl Fold {
                             progress: Arc::clone(&node.progress),
                             databases: Arc::clone(&self.cluster.consistency.databases),
                             observer: observer(),
+                            heard: Arc::default(),
                         };
                         tasks.spawn(litefs.clone().poll(*poll));
                         tasks.spawn(litefs.clone().follow());
