@@ -22,6 +22,13 @@ pub mod litefs;
 pub mod net;
 pub mod proxy;
 pub mod server;
+#[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::format_push_string,
+    reason = "a handful of nodes, and text that nobody waits for"
+)]
+mod simulation;
 pub mod telemetry;
 pub mod testkit;
 pub mod topology;

@@ -248,12 +248,17 @@ impl Fold {
             self.acknowledging = Some(now);
             return;
         };
-        // Where it began may be known a moment later than that it began.
-        let Some(start) = epoch.start.as_ref().filter(|_| before.incarnation != now.incarnation)
-        else {
+        if before.incarnation == now.incarnation {
             return;
+        }
+        // One that was primary when it was first heard will never tell where it began: then what
+        // it has now counts, which is as much or more. Others tell it a moment later.
+        let first_heard = || {
+            let told = primary.progress.snapshot();
+            let is_its = told.incarnation == Some(epoch.incarnation);
+            (is_its && told.is_primary == Some(true)).then_some(told)
         };
-        let start = Arc::clone(start);
+        let Some(start) = epoch.start.clone().or_else(first_heard) else { return };
         self.deposed.extend(self.acknowledging.replace(now).map(|before| (before, start)));
         let surplus = self.deposed.len().saturating_sub(DEPOSED);
         self.deposed.drain(..surplus);
@@ -341,6 +346,7 @@ impl Fold {
                             progress: Arc::clone(&node.progress),
                             databases: Arc::clone(&self.cluster.consistency.databases),
                             observer: observer(),
+                            heard: Arc::default(),
                         };
                         tasks.spawn(litefs.clone().poll(*poll));
                         tasks.spawn(litefs.clone().follow());

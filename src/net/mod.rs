@@ -6,6 +6,8 @@
 
 pub mod pem;
 pub mod proxy_protocol;
+#[cfg(test)]
+pub(crate) mod simulated;
 
 use std::{
     io,
@@ -32,6 +34,10 @@ pub enum Stream {
     Tls(Box<TlsStream<TcpStream>>),
     /// A stream of an HTTP/2 connection that became a tunnel.
     Tunnel(Box<TokioIo<Upgraded>>),
+    /// Through a network in memory and in virtual time.
+    #[cfg(test)]
+    #[allow(private_interfaces, reason = "tests alone have it")]
+    Simulated(simulated::Socket),
 }
 
 impl From<TcpStream> for Stream {
@@ -46,6 +52,10 @@ impl Stream {
     /// # Errors
     /// Whatever the system says.
     pub async fn connect(address: SocketAddr) -> io::Result<Self> {
+        #[cfg(test)]
+        if let Some(network) = simulated::Network::current() {
+            return network.connect(address).await.map(Self::Simulated);
+        }
         TcpStream::connect(address).await.map(Self::Plain)
     }
 
@@ -55,6 +65,8 @@ impl Stream {
             Self::Plain(socket) => Some(socket),
             Self::Tls(session) => Some(session.get_ref().0),
             Self::Tunnel(_) => None,
+            #[cfg(test)]
+            Self::Simulated(_) => None,
         }
     }
 
@@ -71,6 +83,10 @@ impl Stream {
     /// # Errors
     /// Whatever the system says.
     pub fn keep_alive(&self, idle: Duration, interval: Duration, retries: u32) -> io::Result<()> {
+        #[cfg(test)]
+        if let Self::Simulated(socket) = self {
+            socket.keep_alive(idle + interval * retries);
+        }
         let Some(socket) = self.socket() else { return Ok(()) };
         let how = socket2::TcpKeepalive::new();
         let how = how.with_time(idle).with_interval(interval).with_retries(retries);
@@ -83,6 +99,10 @@ impl Stream {
     /// # Errors
     /// Whatever the system says.
     pub async fn readable(&self) -> io::Result<()> {
+        #[cfg(test)]
+        if let Self::Simulated(socket) = self {
+            return socket.readable().await;
+        }
         match self.socket() {
             Some(socket) => socket.readable().await,
             None => Ok(()),
@@ -91,6 +111,10 @@ impl Stream {
 
     /// Dropping it will reset the connection, so that what was sent can't look complete.
     pub fn reset_on_close(&self) {
+        #[cfg(test)]
+        if let Self::Simulated(socket) = self {
+            socket.reset_on_close();
+        }
         if let Some(socket) = self.socket() {
             let _ = socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO));
         }
@@ -107,6 +131,8 @@ impl AsyncRead for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_read(cx, buf),
             Self::Tls(session) => Pin::new(session).poll_read(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_read(cx, buf),
+            #[cfg(test)]
+            Self::Simulated(socket) => Pin::new(socket).poll_read(cx, buf),
         }
     }
 }
@@ -121,6 +147,8 @@ impl AsyncWrite for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_write(cx, buf),
             Self::Tls(session) => Pin::new(session).poll_write(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_write(cx, buf),
+            #[cfg(test)]
+            Self::Simulated(socket) => Pin::new(socket).poll_write(cx, buf),
         }
     }
 
@@ -133,6 +161,8 @@ impl AsyncWrite for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
             Self::Tls(session) => Pin::new(session).poll_write_vectored(cx, bufs),
             Self::Tunnel(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            #[cfg(test)]
+            Self::Simulated(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
         }
     }
 
@@ -145,6 +175,8 @@ impl AsyncWrite for Stream {
             Self::Plain(_) => Poll::Ready(Ok(())),
             Self::Tls(session) => Pin::new(session).poll_flush(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_flush(cx),
+            #[cfg(test)]
+            Self::Simulated(socket) => Pin::new(socket).poll_flush(cx),
         }
     }
 
@@ -153,6 +185,8 @@ impl AsyncWrite for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_shutdown(cx),
             Self::Tls(session) => Pin::new(session).poll_shutdown(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_shutdown(cx),
+            #[cfg(test)]
+            Self::Simulated(socket) => Pin::new(socket).poll_shutdown(cx),
         }
     }
 }

@@ -184,7 +184,7 @@ impl Accepting {
         let handshakes = Arc::clone(&self.handshakes);
         let mut tasks = self.tasks.borrow_mut();
         tasks.spawn_local(async move {
-            conn::run(stream, origin, service, limits, handshakes, drain).await;
+            conn::run(stream.into(), origin, service, limits, handshakes, drain).await;
             drop(place);
         });
         // Those that ended are forgotten here rather than by a task of their own.

@@ -414,8 +414,8 @@ enum Rest {
 }
 
 /// Serves one connection to its end.
-pub(super) async fn run<S: Service + 'static>(
-    socket: TcpStream,
+pub(crate) async fn run<S: Service + 'static>(
+    stream: Stream,
     origin: Origin,
     service: Rc<S>,
     limits: Rc<Cell<Limits>>,
@@ -424,9 +424,11 @@ pub(super) async fn run<S: Service + 'static>(
 ) {
     let door = service.door(&origin);
     let met = if door.proxy_protocol == ProxyProtocol::Off && door.tls.is_none() {
-        let (stream, protocol) = (Stream::Plain(socket), door.clear());
+        let protocol = door.clear();
         Met { stream, ahead: Bytes::new(), origin, certificate: None, protocol }
     } else {
+        // Nobody accepts anything else.
+        let Stream::Plain(socket) = stream else { return };
         // Boxed, so that other connections do not pay for the space.
         let met =
             Box::pin(meet(socket, origin, &door, &*service, &limits, &handshakes, &drain)).await;

@@ -23,6 +23,8 @@ pub mod tls;
 
 pub use crate::net::proxy_protocol::ProxyProtocol;
 pub use accept::{Accepting, serve};
+#[cfg(test)]
+pub(crate) use conn::run;
 pub use conn::{Abort, Conn, READ_BUFFER, Takeover};
 pub use io::{ClientIo, write_vectored};
 pub use tls::{ClientCertificate, Handshake};

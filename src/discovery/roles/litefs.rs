@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::{
+    sync::Notify,
+    time::{Instant, MissedTickBehavior, interval, sleep},
+};
 
 use crate::{
     call::CallError,
@@ -19,7 +22,8 @@ const EXACT: Duration = Duration::from_millis(500);
 const OVERLAP: Duration = Duration::from_secs(1);
 /// Between two looks at a node's lag.
 const LAG: Duration = Duration::from_secs(2);
-/// The first pause before the stream of events is opened again; doubles up to [`LONGEST`].
+/// The first pause before the stream of events is opened again; doubles up to [`LONGEST`], and ends
+/// when a poll hears the node: a new primary's first write may wait for its positions.
 const BACKOFF: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(2);
 
@@ -35,6 +39,8 @@ pub(in crate::discovery) struct Litefs {
     /// The databases that count; all where there is none.
     pub(in crate::discovery) databases: Arc<[Box<str>]>,
     pub(in crate::discovery) observer: Observer,
+    /// Tells whoever waits to open the stream again that the node answers.
+    pub(in crate::discovery) heard: Arc<Notify>,
 }
 
 impl Litefs {
@@ -62,6 +68,7 @@ impl Litefs {
                     answered = Instant::now();
                     self.progress.heard(answered.into_std());
                     self.claims(claim);
+                    self.heard.notify_waiters();
                 }
                 Err(error) => {
                     if !std::mem::replace(&mut was_silent, true) {
@@ -99,7 +106,11 @@ impl Litefs {
             if opened.elapsed() > LONGEST {
                 pause = BACKOFF;
             }
-            sleep(pause).await;
+            tokio::select! {
+                biased;
+                () = self.heard.notified() => {}
+                () = sleep(pause) => {}
+            }
             pause = (pause * 2).min(LONGEST);
         }
     }
