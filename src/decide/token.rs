@@ -30,6 +30,10 @@ pub const TOKEN: HeaderName = HeaderName::from_static("litegate-token");
 /// The longest token that is looked at: one with [`DATABASES`] positions is shorter.
 const LONGEST: usize = 512;
 const VERSION: u8 = 1;
+/// What a token holds.
+const NEED: u8 = 0;
+const AFFINITY: u8 = 1;
+const BLIND: u8 = 2;
 /// How much of the HMAC is kept: 128 bits are beyond guessing.
 const MAC: usize = 16;
 /// How far in the future an affinity may end beyond its length: clocks differ.
@@ -93,6 +97,14 @@ pub enum Token {
     Need(Need),
     /// The primary until then, in milliseconds since the Unix epoch.
     Affinity(u64),
+    /// Both: nobody could say how far the primary was after the last write, but the client had
+    /// seen this before.
+    Blind {
+        /// By position.
+        need: Need,
+        /// The primary until then.
+        until: u64,
+    },
 }
 
 /// Why a token counts for nothing. The words are metric labels.
@@ -203,18 +215,22 @@ impl Token {
     /// As it travels. Databases beyond [`DATABASES`] are left out.
     pub fn encode(&self, key: &Key) -> String {
         let mut bytes = SmallVec::<[u8; 128]>::new();
-        let kind = u8::from(matches!(self, Self::Affinity(_)));
+        let (kind, need, until) = match self {
+            Self::Need(need) => (NEED, Some(need), None),
+            Self::Affinity(until) => (AFFINITY, None, Some(until)),
+            Self::Blind { need, until } => (BLIND, Some(need), Some(until)),
+        };
         bytes.extend_from_slice(&[VERSION, kind]);
         bytes.extend_from_slice(&key.cluster.to_be_bytes());
-        match self {
-            Self::Affinity(until) => bytes.extend_from_slice(&until.to_be_bytes()),
-            Self::Need(need) => {
-                bytes.extend_from_slice(&need.lineage.unwrap_or(0).to_be_bytes());
-                for (database, position) in need.databases.iter().take(DATABASES) {
-                    bytes.extend_from_slice(&database.0.to_be_bytes());
-                    bytes.extend_from_slice(&position.txid.to_be_bytes());
-                    bytes.extend_from_slice(&position.checksum.to_be_bytes());
-                }
+        if let Some(until) = until {
+            bytes.extend_from_slice(&until.to_be_bytes());
+        }
+        if let Some(need) = need {
+            bytes.extend_from_slice(&need.lineage.unwrap_or(0).to_be_bytes());
+            for (database, position) in need.databases.iter().take(DATABASES) {
+                bytes.extend_from_slice(&database.0.to_be_bytes());
+                bytes.extend_from_slice(&position.txid.to_be_bytes());
+                bytes.extend_from_slice(&position.checksum.to_be_bytes());
             }
         }
         let mac = key.sign(&bytes);
@@ -239,7 +255,9 @@ impl Token {
             bytes.split_at_checked(length.saturating_sub(MAC)).ok_or(Void::Malformed)?;
         let mut rest = signed;
         let head = take::<6>(&mut rest).ok_or(Void::Malformed)?;
-        let [VERSION, kind @ 0..=1, cluster @ ..] = head else { return Err(Void::Malformed) };
+        let [VERSION, kind @ NEED..=BLIND, cluster @ ..] = head else {
+            return Err(Void::Malformed);
+        };
         if u32::from_be_bytes(cluster) != key.cluster {
             return Err(Void::Foreign);
         }
@@ -248,11 +266,20 @@ impl Token {
         if key.sign(signed) != *mac {
             return Err(Void::Forged);
         }
-        let first = u64::from_be_bytes(take::<8>(&mut rest).ok_or(Void::Malformed)?);
-        if kind == 1 {
+        let until = if kind == NEED {
+            None
+        } else {
+            let until = u64::from_be_bytes(take::<8>(&mut rest).ok_or(Void::Malformed)?);
             let latest = now.saturating_add(millis(longest)).saturating_add(millis(SKEW));
-            return if first > latest { Err(Void::Future) } else { Ok(Self::Affinity(first)) };
-        }
+            if until > latest {
+                return Err(Void::Future);
+            }
+            if kind == AFFINITY {
+                return Ok(Self::Affinity(until));
+            }
+            Some(until)
+        };
+        let first = u64::from_be_bytes(take::<8>(&mut rest).ok_or(Void::Malformed)?);
         let mut databases = SmallVec::new();
         while !rest.is_empty() {
             let entry = take::<20>(&mut rest).ok_or(Void::Malformed)?;
@@ -262,7 +289,11 @@ impl Token {
             let position = Position { txid: number(), checksum: number() };
             databases.push((Database(u32::from_be_bytes([d0, d1, d2, d3])), position));
         }
-        Ok(Self::Need(Need { lineage: Some(first).filter(|id| *id != 0), databases }))
+        let need = Need { lineage: Some(first).filter(|id| *id != 0), databases };
+        Ok(match until {
+            None => Self::Need(need),
+            Some(until) => Self::Blind { need, until },
+        })
     }
 }
 
@@ -558,7 +589,10 @@ mod tests {
             databases in proptest::collection::vec((any::<u32>(), any::<u64>(), any::<u64>()), 0..DATABASES),
         ) {
             let databases = databases.into_iter().map(|(d, txid, checksum)| (Database(d), Position { txid, checksum }));
-            let token = Token::Need(Need { lineage: lineage.filter(|id| *id != 0), databases: databases.collect() });
+            let need = Need { lineage: lineage.filter(|id| *id != 0), databases: databases.collect() };
+            let blind = Token::Blind { need: need.clone(), until: NOW };
+            prop_assert_eq!(Token::decode(blind.encode(&key()).as_bytes(), &key(), NOW, AFFINITY), Ok(blind));
+            let token = Token::Need(need);
             prop_assert_eq!(Token::decode(token.encode(&key()).as_bytes(), &key(), NOW, AFFINITY), Ok(token));
         }
 

@@ -88,7 +88,14 @@ impl To<'_> {
             (None, Mode::Token) | (_, Mode::Affinity) => {
                 let until = unix_millis()
                     .saturating_add(u64::try_from(rules.affinity.as_millis()).unwrap_or(u64::MAX));
-                self.carry(&Token::Affinity(until), rules.affinity.as_secs().max(1), fields);
+                // What the client has seen before still counts, above all if it gets lost.
+                if let Some(need) = self.seen_before().filter(|_| rules.mode == Mode::Token) {
+                    let age = rules.token_age.as_secs().max(1);
+                    self.carry(&Token::Blind { need, until }, age, fields);
+                } else {
+                    let age = rules.affinity.as_secs().max(1);
+                    self.carry(&Token::Affinity(until), age, fields);
+                }
             }
         }
         if wanted == 0 {
@@ -124,6 +131,21 @@ impl To<'_> {
         };
         let databases = exact.iter().map(|(database, _, position)| (database, position));
         Some(Need { lineage: self.lineage(&exact), databases: databases.collect() })
+    }
+
+    /// How far the client's own token or the node's feed had come before this write.
+    fn seen_before(&self) -> Option<Need> {
+        let known = self.progress.get();
+        let databases = known.iter().map(|(database, _, position)| (database, position));
+        let feed = Need { lineage: self.lineage(&known), databases: databases.collect() };
+        match self.carried {
+            // Of another primary: whether that is lost is for a later judgement.
+            Some(old) if known.is_empty() || old.lineage != feed.lineage || old.is_after(&feed) => {
+                Some(old.clone())
+            }
+            _ if known.is_empty() => None,
+            _ => Some(feed),
+        }
     }
 
     /// Whose history the node's position is of: its own if it is primary, else its primary's (a

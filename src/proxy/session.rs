@@ -89,6 +89,10 @@ pub(super) async fn of(
             match cluster.read_token(text) {
                 Ok(Token::Need(need)) => session.judge(cluster, need).await,
                 Ok(Token::Affinity(until)) => request.demands.primary = unix_millis() < until,
+                Ok(Token::Blind { need, until }) => {
+                    session.judge(cluster, need).await;
+                    request.demands.primary = unix_millis() < until;
+                }
                 Err(void) => cluster.void(void),
             }
         }

@@ -187,6 +187,10 @@ families! {
         "How far it is behind, as last seen; NaN where nobody says.";
     NODE_TOO_FAR = gauge "litegate_node_too_far_behind" ["cluster", "node"]
         "Whether its lag keeps it from serving reads.";
+    NODE_TXID = gauge "litegate_node_txid" ["cluster", "node", "database"]
+        "The number of the last transaction that it has, where its feed tells; exact up to 2^53.";
+    NODE_BEHIND = gauge "litegate_node_behind_transactions" ["cluster", "node"]
+        "Transactions that it is behind the primary, in the database where it is most; NaN where nobody tells.";
     NODE_EJECTIONS = counter "litegate_node_ejections_total" ["cluster"]
         "Nodes taken out of balancing.";
     NODE_RESTARTS = counter "litegate_node_restarts_total" ["cluster"]
@@ -1263,6 +1267,28 @@ fn topology(page: &mut Page, clusters: &mut [Seen]) {
         (NODE_LAG, |n, _| n.lag.map_or(f64::NAN, |lag| lag.as_secs_f64())),
         (NODE_TOO_FAR, |n, _| f64::from(u8::from(n.freshness == Freshness::TooFar))),
     ];
+    page.family(NODE_TXID);
+    for (cluster, topology) in &seen {
+        for node in &topology.nodes {
+            for (_, database, position) in node.progress.get().iter() {
+                page.line(NODE_TXID, &[cluster, &node.name, database], position.txid);
+            }
+        }
+    }
+    page.family(NODE_BEHIND);
+    for (cluster, topology) in &seen {
+        let primary = topology.primary().map(|node| node.progress.get());
+        for node in &topology.nodes {
+            let known = node.progress.get();
+            let behind = match &primary {
+                Some(primary) if !primary.is_empty() && !known.is_empty() => {
+                    known.behind(primary, now).transactions as f64
+                }
+                _ => f64::NAN,
+            };
+            page.line(NODE_BEHIND, &[cluster, &node.name], behind);
+        }
+    }
     for (family, of) in families {
         page.family(family);
         for (cluster, topology) in &seen {
@@ -1445,6 +1471,10 @@ mod tests {
             near: false,
             progress: Arc::default(),
         };
+        let mut positions = crate::topology::position::Positions::of(Some(1));
+        let position = crate::topology::position::Position { txid: 1, checksum: 1 };
+        positions.set("app.db", position, Instant::now());
+        node.progress.set(positions);
         let topology = Topology { nodes: vec![node], ..Topology::default() };
         let (_publisher, reader) = watch::channel(topology);
         metrics.render(&mut [(cluster, reader)])

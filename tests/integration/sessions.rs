@@ -102,8 +102,12 @@ async fn a_read_goes_to_the_primary_where_no_replica_gets_there() {
     let read = client.ask(gate.address(), "GET", "/kv/a", "").await;
     assert_eq!(seen(&read), ("app-0".to_owned(), 1));
     let metrics = gate.metrics().await;
-    let line = r#"litegate_token_reads_total{cluster="app",decision="primary"} 1"#;
-    assert!(metrics.contains(line), "{metrics}");
+    for line in [
+        r#"litegate_token_reads_total{cluster="app",decision="primary"} 1"#,
+        r#"litegate_node_txid{cluster="app",node="app-0",database="app.db"} 1"#,
+    ] {
+        assert!(metrics.contains(line), "{metrics}");
+    }
 }
 
 #[tokio::test]
