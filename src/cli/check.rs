@@ -62,7 +62,9 @@ async fn look(config: &Config) -> bool {
             ports.push(port(node.address).await);
         }
         let (lines, is_fine) = report(cluster, found, &ports);
-        lines.iter().for_each(|line| println!("{line}"));
+        for line in lines {
+            println!("{line}");
+        }
         fine &= is_fine;
     }
     fine
@@ -114,13 +116,12 @@ fn report(cluster: &Cluster, found: &Found, ports: &[Option<String>]) -> (Vec<St
         let (address, role) = (node.address, node.role);
         lines.push(format!("  {}  {address}  {role}{lag}{is_late}  {answers}", node.name));
     }
-    match topology.primary() {
-        Some(primary) => lines.push(format!("  primary: {}", primary.name)),
-        None => {
-            fine = false;
-            lines.push(format!("  NO PRIMARY: {}", topology.primary_gap.meaning()));
-        }
-    }
+    lines.push(if let Some(primary) = topology.primary() {
+        format!("  primary: {}", primary.name)
+    } else {
+        fine = false;
+        format!("  NO PRIMARY: {}", topology.primary_gap.meaning())
+    });
     for (source, why) in &found.silent {
         fine = false;
         lines.push(format!("  {} HAS NO NEWS: {}", source.as_str(), why.as_str()));

@@ -12,7 +12,7 @@ use crate::{
     },
     decide::{
         Because, Class, Consistency, Problem, Request, Wanted,
-        classify::{ROUTE, classify, demanded},
+        classify::{Demanded, ROUTE, classify, demanded},
         route::{Head, matches},
         token::TOKEN,
     },
@@ -153,7 +153,8 @@ fn read(page: &mut String, asked: &Asked, cluster: &Cluster, request: &Request, 
         OnRequest::Trusted => asked.trusted,
         OnRequest::Off => false,
     };
-    let demand = match if is_heeded { demanded(&asked.headers) } else { Ok(Default::default()) } {
+    let demand = if is_heeded { demanded(&asked.headers) } else { Ok(Demanded::default()) };
+    let demand = match demand {
         Ok(demand) => demand,
         Err(problem) => return refused(page, problem),
     };
