@@ -62,7 +62,7 @@ async fn look(config: &Config) -> bool {
             ports.push(port(node.address).await);
         }
         let (lines, is_fine) = report(cluster, found, &ports);
-        for line in &lines {
+        for line in lines {
             println!("{line}");
         }
         fine &= is_fine;
@@ -116,12 +116,12 @@ fn report(cluster: &Cluster, found: &Found, ports: &[Option<String>]) -> (Vec<St
         let (address, role) = (node.address, node.role);
         lines.push(format!("  {}  {address}  {role}{lag}{is_late}  {answers}", node.name));
     }
-    if let Some(primary) = topology.primary() {
-        lines.push(format!("  primary: {}", primary.name));
+    lines.push(if let Some(primary) = topology.primary() {
+        format!("  primary: {}", primary.name)
     } else {
         fine = false;
-        lines.push(format!("  NO PRIMARY: {}", topology.primary_gap.meaning()));
-    }
+        format!("  NO PRIMARY: {}", topology.primary_gap.meaning())
+    });
     for (source, why) in &found.silent {
         fine = false;
         lines.push(format!("  {} HAS NO NEWS: {}", source.as_str(), why.as_str()));

@@ -153,7 +153,8 @@ fn read(page: &mut String, asked: &Asked, cluster: &Cluster, request: &Request, 
         OnRequest::Trusted => asked.trusted,
         OnRequest::Off => false,
     };
-    let demand = match if is_heeded { demanded(&asked.headers) } else { Ok(Demanded::default()) } {
+    let demand = if is_heeded { demanded(&asked.headers) } else { Ok(Demanded::default()) };
+    let demand = match demand {
         Ok(demand) => demand,
         Err(problem) => return refused(page, problem),
     };

@@ -632,6 +632,54 @@ mod tests {
         }
     }
 
+    /// How often each of the three nodes is chosen by `balance`, of a thousand reads in turn.
+    fn spread(
+        balance: Balance,
+        slow_start: Duration,
+        topology: &Topology,
+        now: Instant,
+    ) -> [u32; 3] {
+        let balance = balance::Rules { balance, slow_start };
+        let rules = Rules { reads: Reads::All, prefer: Prefer::Any, balance };
+        let mut random = fastrand::Rng::with_seed(7);
+        let mut chosen = [0; 3];
+        for turn in 0..1000 {
+            let load = |in_flight, latency| Load { in_flight, latency, turn, ..Load::default() };
+            // The first is slow, the last is busy.
+            let loads = [load(1, 0.1), load(1, 0.001), load(3, 0.001)];
+            let history = History::default();
+            let read = request(Class::Read);
+            let choice = choose(&read, topology, &history, &rules, &loads, random.u64(..), now);
+            let Ok(Choice::Node { index, .. }) = choice else { panic!("{choice:?}") };
+            chosen[index] += 1;
+        }
+        chosen
+    }
+
+    #[test]
+    fn each_policy_spreads_as_it_says() {
+        let spread = |balance| spread(balance, Duration::ZERO, &healthy(), Instant::now());
+        let [slow, idle, busy] = spread(Balance::PeakEwma);
+        assert!(idle > busy && busy > slow && slow == 0, "{slow} {idle} {busy}");
+        let [slow, idle, busy] = spread(Balance::LeastRequest);
+        assert!(slow > 300 && idle > 300 && busy == 0, "{slow} {idle} {busy}");
+        let [slow, idle, busy] = spread(Balance::RoundRobin);
+        assert!(slow.max(idle).max(busy) - slow.min(idle).min(busy) <= 1, "{slow} {idle} {busy}");
+        let random = spread(Balance::Random);
+        assert!(random.iter().all(|n| (250..420).contains(n)), "{random:?}");
+    }
+
+    #[test]
+    fn a_node_that_has_just_come_up_gets_its_share_by_and_by() {
+        let (up, ten) = (Instant::now(), Duration::from_secs(10));
+        let topology = with(|t| t.nodes[1].admitted = Some(up));
+        let share = |age| spread(Balance::LeastRequest, ten, &topology, up + age)[1];
+        assert_eq!(share(Duration::ZERO), 0, "the others are a tenth as dear");
+        // Twice as dear as the first, dearer than the last only before it has its share.
+        assert!(share(ten / 2) < share(ten) && share(ten / 2) > 0);
+        assert_eq!(share(ten), spread(Balance::LeastRequest, ten, &healthy(), up)[1]);
+    }
+
     fn any_node() -> impl Strategy<Value = (u8, u8, bool, bool)> {
         (0..3u8, 0..3u8, any::<bool>(), any::<bool>())
     }

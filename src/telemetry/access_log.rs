@@ -294,6 +294,9 @@ fn text(page: &mut String, entry: &Entry) {
     );
     if let (Some(class), Some(because)) = (entry.class, entry.because) {
         let _ = write!(page, " {} by {}", class.as_str(), because.as_str());
+        if let Some(index) = entry.route {
+            let _ = write!(page, " in route {}", index + 1);
+        }
     }
     for tried in &entry.tries {
         let arrow = match tried.cause {
@@ -342,7 +345,7 @@ fn json(page: &mut String, entry: &Entry) {
         "user_agent": field(line.user_agent.as_ref()),
         "request_id": field(line.request_id.as_ref()),
         "cluster": entry.cluster.as_deref(),
-        "route": entry.route,
+        "route": entry.route.map(|index| index + 1),
         "class": entry.class.map(Class::as_str),
         "because": entry.because.map(Because::as_str),
         "attempts": tries,
@@ -398,7 +401,7 @@ mod tests {
             method: Some(Method::POST),
             line: Line::of(&target, Version::HTTP_11, &head),
             cluster: Some("abaci".into()),
-            route: None,
+            route: Some(1),
             class: Some(Class::Write),
             because: Some(Because::Method),
             tries: SmallVec::from_iter([
@@ -419,7 +422,7 @@ mod tests {
     fn a_line_says_where_a_request_went_and_why() {
         let mut page = String::new();
         text(&mut page, &entry());
-        insta::assert_snapshot!(page, @r#"2026-11-24T03:04:05.678Z 192.0.2.7 "POST /kv/1?x=%0A" 200 17B 12.3ms abaci.one write by method -> abaci-app-1(replica) replay => abaci-app-0(primary) 200 held 80ms"#);
+        insta::assert_snapshot!(page, @r#"2026-11-24T03:04:05.678Z 192.0.2.7 "POST /kv/1?x=%0A" 200 17B 12.3ms abaci.one write by method in route 2 -> abaci-app-1(replica) replay => abaci-app-0(primary) 200 held 80ms"#);
     }
 
     #[test]
@@ -430,6 +433,8 @@ mod tests {
         let value: serde_json::Value = serde_json::from_str(&page).unwrap();
         assert_eq!(value["attempts"][1]["node"], "abaci-app-0");
         assert_eq!(value["held_seconds"], 0.08);
+        assert_eq!((&value["because"], &value["route"]), (&"method".into(), &2.into()));
+        assert_eq!(value["attempts"][0]["role"], "replica");
     }
 
     #[test]

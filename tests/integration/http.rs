@@ -2,6 +2,8 @@
 
 use litegate::testkit::client::Conn;
 
+use litegate::testkit::{Cluster, Options};
+
 use crate::gate::Gate;
 
 /// Sends raw bytes and reads one answer.
@@ -188,4 +190,94 @@ async fn a_request_that_comes_back_is_refused() {
     let response = conn.request("GET", "/echo", &via, b"").await.expect("an answer");
     assert_eq!(response.status, 502);
     assert!(response.text().contains("loop"));
+}
+
+/// A node that speaks as it is told: it answers every request with this, closes, and hands over
+/// what it has read.
+async fn node(answer: &'static str) -> (std::net::SocketAddr, tokio::sync::mpsc::Receiver<String>) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+    let address = listener.local_addr().expect("bound");
+    let (sender, read) = tokio::sync::mpsc::channel(8);
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            let mut text = String::new();
+            let mut buffer = [0; 4096];
+            // A head, and behind it a body in chunks where there is one.
+            while !text.contains("\r\n\r\n")
+                || (text.contains("chunked") && text.matches("\r\n\r\n").count() < 2)
+            {
+                match socket.read(&mut buffer).await {
+                    Ok(n) if n > 0 => text.push_str(&String::from_utf8_lossy(&buffer[..n])),
+                    _ => break,
+                }
+            }
+            let _ = sender.send(text).await;
+            let _ = socket.write_all(answer.as_bytes()).await;
+        }
+    });
+    (address, read)
+}
+
+async fn before(node: std::net::SocketAddr) -> Gate {
+    let cluster = Cluster::start(Options::default()).await.expect("loopback has ports");
+    let text = format!(
+        "[server]\nworkers = 1\n[[listener]]\naddress = \"127.0.0.1:0\"\n[admin]\naddress = \
+         \"off\"\n[access_log]\nformat = \"off\"\n[cluster.app]\nport = 1\nmembers = {{ type = \
+         \"static\", nodes = [{{ name = \"a\", address = \"{node}\" }}] }}\nprimary = {{ type = \
+         \"instance\", name = \"a\" }}\n"
+    );
+    let gate = Gate::before(cluster, &text);
+    gate.until(|topology| topology.primary.is_some()).await;
+    gate
+}
+
+#[tokio::test]
+async fn trailers_of_a_request_reach_the_node() {
+    let (node, mut read) = node("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
+    let gate = before(node).await;
+    let mut conn = gate.conn().await;
+    conn.send(
+        "POST /a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n\
+         3\r\nabc\r\n0\r\nx-sum: 3\r\n\r\n",
+    )
+    .await
+    .expect("litegate reads");
+    assert_eq!(conn.response(false).await.expect("an answer").status, 200);
+    let request = read.recv().await.expect("it was asked").to_ascii_lowercase();
+    assert!(request.ends_with("0\r\nx-sum: 3\r\n\r\n"), "{request}");
+}
+
+#[tokio::test]
+async fn a_client_of_http_1_0_gets_a_body_that_ends_with_the_connection() {
+    use tokio::io::AsyncReadExt as _;
+    let gate = Gate::start().await;
+    let mut conn = gate.conn().await;
+    conn.send("GET /trailers HTTP/1.0\r\nhost: a\r\n\r\n").await.expect("litegate reads");
+    let mut answer = String::new();
+    conn.stream.read_to_string(&mut answer).await.expect("it is closed at its end");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    assert!(!head.to_ascii_lowercase().contains("transfer-encoding"), "{answer}");
+    assert_eq!(body, "hello", "no chunks");
+    // Where the length is known, the connection can be kept.
+    let mut conn = gate.conn().await;
+    for _ in 0..2 {
+        conn.send("GET /bytes/5 HTTP/1.0\r\nhost: a\r\nconnection: keep-alive\r\n\r\n")
+            .await
+            .expect("it is kept");
+        let answer = conn.response(false).await.expect("an answer");
+        assert_eq!((answer.status, answer.text()), (200, "xxxxx".to_owned()));
+    }
+}
+
+#[tokio::test]
+async fn a_node_of_http_1_0_is_understood() {
+    let (node, mut read) = node("HTTP/1.0 200 OK\r\ncontent-type: text/plain\r\n\r\nold").await;
+    let gate = before(node).await;
+    let mut conn = gate.conn().await;
+    for _ in 0..2 {
+        let answer = conn.request("GET", "/a", "", b"").await.expect("an answer");
+        assert_eq!((answer.status, answer.text(), answer.complete), (200, "old".to_owned(), true));
+        assert!(read.recv().await.expect("it was asked").starts_with("GET /a HTTP/1.1\r\n"));
+    }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use litegate::testkit::{Naming, Options};
+use tokio::time::timeout;
 
 use crate::gate::Gate;
 
@@ -133,4 +134,51 @@ async fn a_node_s_refusal_of_an_upload_reaches_the_client() {
     let gate = Gate::start().await;
     let response = gate.send("POST", "/fault/early", &vec![b'x'; 4 << 20]).await;
     assert_eq!(response.status, 413, "{}", response.text());
+}
+
+#[tokio::test]
+async fn so_many_writes_run_at_once_and_the_others_wait_in_order_or_are_told() {
+    const LITEFS: &str = r#"primary = { type = "litefs", poll = "100ms" }"#;
+    let one = |text: String| text.replacen("workers = 2", "workers = 1", 1);
+    let keys = format!("{LITEFS}\nmax_writes = 1\nmax_writes_wait = \"200ms\"");
+    let gate = Gate::edited(Options::default(), &keys, one).await;
+    let second = async {
+        // The first one has its place.
+        timeout(Duration::from_secs(10), async {
+            while gate.cluster.served(0) == 0 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await
+        .expect("it runs");
+        gate.send("POST", "/kv/b", b"x").await
+    };
+    let (first, second) = tokio::join!(gate.send("POST", "/kv/a?wait=1500", b"x"), second);
+    assert_eq!((first.status, second.status), (200, 503), "{}", second.text());
+    let status = second.field("proxy-status").unwrap_or_default();
+    assert!(status.contains("connection_limit_reached"), "{status}");
+    assert!(second.field("retry-after").is_some());
+    assert!(gate.cluster.written("b").on.is_empty());
+
+    let keys = format!("{LITEFS}\nmax_writes = 1\nmax_writes_wait = \"10s\"");
+    let gate = Gate::edited(Options::default(), &keys, one).await;
+    let (first, second) =
+        tokio::join!(gate.send("POST", "/kv/a?wait=300", b"x"), gate.send("POST", "/kv/b", b"x"));
+    assert_eq!((first.status, second.status), (200, 200));
+}
+
+#[tokio::test]
+async fn a_chain_of_replays_ends_after_so_many_hops() {
+    let keys = format!("{WRONG}\nreplay = {{ max_hops = 2 }}\nhold = {{ timeout = \"5s\" }}");
+    let gate = Gate::with(Options::default(), &keys).await;
+    gate.cluster.step_down();
+    for (node, next) in [(0, "app-1"), (1, "app-2"), (2, "app-0")] {
+        gate.cluster.naming(node, Naming::Value(format!("instance={next}")));
+    }
+    let response = gate.send("POST", "/kv/a", b"x").await;
+    assert_eq!(response.status, 502, "{}", response.text());
+    let status = response.field("proxy-status").unwrap_or_default();
+    assert!(status.contains("proxy_loop_detected"), "{status}");
+    assert_eq!(response.field("fly-replay"), None);
+    assert!(gate.cluster.written("a").on.is_empty());
 }
