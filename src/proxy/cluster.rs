@@ -296,6 +296,12 @@ impl Cluster {
         self.counted(|cells| cells.wait.observe(began.elapsed()));
     }
 
+    /// A node was chosen: the next choice is the next one's turn. Not with each look: a request
+    /// looks more than once, and two replicas would never take turns.
+    pub(super) fn take_turn(&self) {
+        self.turn.set(self.turn.get().wrapping_add(1));
+    }
+
     /// Runs `look` on the latest snapshot and what this worker knows of its nodes, and how far
     /// they are where `session` or `demands` want to know.
     pub(super) fn look<T>(
@@ -313,7 +319,6 @@ impl Cluster {
             progress: Arc::clone(&node.progress),
         });
         let turn = self.turn.get();
-        self.turn.set(turn.wrapping_add(1));
         let mut loads = SmallVec::<[decide::balance::Load; 8]>::new();
         self.upstreams.each(|node| {
             loads.push(decide::balance::Load {

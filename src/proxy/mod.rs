@@ -396,7 +396,10 @@ impl Proxy {
                 })
             })?;
             let (index, role) = match choice {
-                Ok(chosen) => chosen,
+                Ok(chosen) => {
+                    cluster.take_turn();
+                    chosen
+                }
                 Err(HoldFor::Position) => {
                     self.wait_for_position(walk, cluster, now).await;
                     history.waited = true;

@@ -20,6 +20,20 @@ async fn reads_go_to_replicas_only() {
 }
 
 #[tokio::test]
+async fn replicas_take_turns_where_they_should() {
+    let keys = "primary = { type = \"litefs\", poll = \"100ms\" }\nbalance = \"round-robin\"";
+    let gate = Gate::with(Options::default(), keys).await;
+    let mut served = std::collections::BTreeMap::new();
+    for _ in 0..60 {
+        let node = gate.send("GET", "/whoami", b"").await.text();
+        *served.entry(node).or_insert(0) += 1;
+    }
+    // Each worker takes turns of its own.
+    assert_eq!(served.len(), 2, "{served:?}");
+    assert!(served.values().all(|count| *count >= 20), "{served:?}");
+}
+
+#[tokio::test]
 async fn a_dead_replica_costs_no_read() {
     let gate = Gate::start().await;
     gate.cluster.kill(1);
