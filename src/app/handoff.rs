@@ -276,7 +276,7 @@ fn refused(cluster: &str, not: Not) -> Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::topology::{NodeId, eject, position::Position, progress::Progress};
+    use crate::topology::{NodeId, position::Position, progress::Progress};
 
     fn node(id: u64, role: Role, txid: u64) -> Node {
         let progress = Progress::new(Arc::default());
@@ -285,20 +285,9 @@ mod tests {
         positions.set("app.db", position, std::time::Instant::now());
         progress.set(positions);
         Node {
-            id: NodeId(id),
-            name: format!("n{id}").into(),
-            address: ([127, 0, 0, 1], 1).into(),
             role,
-            presence: Presence::Member,
-            lag: None,
-            freshness: Freshness::Fresh,
-            record: eject::Record::default(),
-            probed_healthy: true,
-            admitted: None,
-            local: false,
-            near: false,
-            fenced: false,
             progress,
+            ..Node::new(NodeId(id), format!("n{id}").into(), ([127, 0, 0, 1], 1).into())
         }
     }
 

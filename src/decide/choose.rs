@@ -328,7 +328,6 @@ mod tests {
     use crate::{
         config::cluster::Balance,
         decide::{Attempt, Because, Cause, Ended, Failure, FailureKind},
-        topology::eject,
     };
 
     const A: NodeId = NodeId(1);
@@ -341,22 +340,7 @@ mod tests {
     }
 
     fn node(id: NodeId, role: Role) -> Node {
-        Node {
-            id,
-            name: format!("n{}", id.0).into(),
-            address: "127.0.0.1:1".parse().unwrap(),
-            role,
-            presence: Presence::Member,
-            lag: None,
-            freshness: Freshness::Fresh,
-            record: eject::Record::default(),
-            probed_healthy: true,
-            admitted: None,
-            progress: std::sync::Arc::default(),
-            local: false,
-            near: false,
-            fenced: false,
-        }
+        Node { role, ..Node::new(id, format!("n{}", id.0).into(), ([127, 0, 0, 1], 1).into()) }
     }
 
     /// A is primary, B and C are replicas.

@@ -157,7 +157,7 @@ mod tests {
     use super::*;
     use crate::{
         config::route::Path,
-        topology::{Node, NodeId, Presence, Role, eject},
+        topology::{Node, NodeId, Role},
     };
 
     fn rule(class: route::Class) -> Route {
@@ -290,20 +290,8 @@ mod tests {
     #[test]
     fn flys_headers_are_obeyed_from_trusted_peers_only() {
         let node = Node {
-            id: NodeId(7),
-            name: "a".into(),
-            address: "127.0.0.1:1".parse().unwrap(),
             role: Role::Replica,
-            presence: Presence::Member,
-            lag: None,
-            freshness: crate::topology::Freshness::Fresh,
-            record: eject::Record::default(),
-            probed_healthy: true,
-            admitted: None,
-            progress: std::sync::Arc::default(),
-            local: false,
-            near: false,
-            fenced: false,
+            ..Node::new(NodeId(7), "a".into(), ([127, 0, 0, 1], 1).into())
         };
         let topology = Topology { nodes: vec![node], ..Topology::default() };
         let (a, prefer) = (Wanted::Node(NodeId(7)), Wanted::Prefer(NodeId(7)));

@@ -296,14 +296,13 @@ fn pause(history: &mut History) -> Next {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
 
     use proptest::prelude::*;
 
     use super::*;
     use crate::{
         decide::{Attempt, Because, Cause, Demands, Wanted},
-        topology::{Freshness, Node, Presence, Role, eject},
+        topology::{Node, Role},
     };
 
     const A: NodeId = NodeId(1);
@@ -332,20 +331,8 @@ mod tests {
 
     fn topology() -> Topology {
         let node = |id: NodeId, name: &str, role| Node {
-            id,
-            name: Arc::from(name),
-            address: "127.0.0.1:1".parse().unwrap(),
             role,
-            presence: Presence::Member,
-            lag: None,
-            freshness: Freshness::Fresh,
-            record: eject::Record::default(),
-            probed_healthy: true,
-            admitted: None,
-            progress: Arc::default(),
-            local: false,
-            near: false,
-            fenced: false,
+            ..Node::new(id, name.into(), ([127, 0, 0, 1], 1).into())
         };
         let nodes = vec![node(A, "a", Role::Primary), node(B, "b", Role::Replica)];
         Topology { primary: Some(A), nodes, ..Topology::default() }

@@ -1456,20 +1456,12 @@ mod tests {
         metrics.certificates(vec![(Arc::clone(&listener), "tls.crt".into(), Duration::ZERO)]);
         metrics.ask([(Arc::clone(&cluster), Standing::default)]);
         let node = Node {
-            id: crate::topology::NodeId(1),
-            name: Arc::from("abaci-app-0"),
-            address: "127.0.0.1:1".parse().unwrap(),
             role: Role::Primary,
-            presence: Presence::Member,
-            lag: None,
-            freshness: Freshness::Fresh,
-            record: crate::topology::eject::Record::default(),
-            probed_healthy: true,
-            admitted: None,
-            local: false,
-            fenced: false,
-            near: false,
-            progress: Arc::default(),
+            ..Node::new(
+                crate::topology::NodeId(1),
+                "abaci-app-0".into(),
+                ([127, 0, 0, 1], 1).into(),
+            )
         };
         let mut positions = crate::topology::position::Positions::of(Some(1));
         let position = crate::topology::position::Position { txid: 1, checksum: 1 };

@@ -143,6 +143,26 @@ pub struct Node {
 }
 
 impl Node {
+    /// A member of which nothing else is known yet.
+    pub fn new(id: NodeId, name: Arc<str>, address: SocketAddr) -> Self {
+        Self {
+            id,
+            name,
+            address,
+            role: Role::Unknown,
+            presence: Presence::Member,
+            lag: None,
+            freshness: Freshness::Fresh,
+            record: eject::Record::default(),
+            probed_healthy: true,
+            admitted: None,
+            local: false,
+            near: false,
+            fenced: false,
+            progress: Arc::default(),
+        }
+    }
+
     /// Whether reads may go here as far as health and lag are concerned.
     pub fn is_healthy(&self, now: Instant) -> bool {
         self.probed_healthy && !self.record.is_ejected(now)

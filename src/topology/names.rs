@@ -50,25 +50,10 @@ fn without_port(name: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::topology::{Freshness, NodeId, Presence, Role, eject};
+    use crate::topology::NodeId;
 
     fn node(id: u64, name: &str, address: &str) -> Node {
-        Node {
-            id: NodeId(id),
-            name: name.into(),
-            address: address.parse().unwrap(),
-            role: Role::Unknown,
-            presence: Presence::Member,
-            lag: None,
-            freshness: Freshness::Fresh,
-            record: eject::Record::default(),
-            probed_healthy: true,
-            admitted: None,
-            progress: std::sync::Arc::default(),
-            local: false,
-            near: false,
-            fenced: false,
-        }
+        Node::new(NodeId(id), name.into(), address.parse().unwrap())
     }
 
     #[test]

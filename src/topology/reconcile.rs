@@ -365,20 +365,11 @@ impl State {
             let id = NodeId(self.next_id);
             self.next_id += 1;
             let node = Node {
-                id,
                 local: self.rules.local.as_ref() == Some(&name),
                 near: member.near,
-                name: Arc::clone(&name),
-                address: member.address,
-                role: Role::Unknown,
-                presence: Presence::Member,
-                lag: None,
-                freshness: Freshness::Fresh,
-                record: eject::Record::default(),
-                probed_healthy: true,
                 admitted: (!first).then_some(at),
-                fenced: false,
                 progress: Progress::new(Arc::clone(&self.bell)),
+                ..Node::new(id, Arc::clone(&name), member.address)
             };
             self.nodes.insert(member.address, Known::new(node, listed));
             changes.push(Change::Joined { node: name, address: member.address });

@@ -103,7 +103,7 @@ async fn a_write_that_may_have_run_is_a_retry_that_was_skipped() {
 #[tokio::test]
 async fn the_process_and_its_configuration_are_told_of() {
     let gate = Gate::start().await;
-    assert_eq!(value(&gate, "litegate_workers").await, Some(2.0));
+    until(&gate, "litegate_workers", 2.0).await;
     let build = format!("litegate_build_info{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"));
     assert_eq!(value(&gate, &build).await, Some(1.0));
     let started = value(&gate, "process_start_time_seconds").await.expect("a time");
