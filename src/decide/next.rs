@@ -145,6 +145,12 @@ fn failed(
             history.expired = Some(Problem::ConnectFailed);
             Ok(pause(history))
         }
+        // Nobody else may have what the client must be shown: it waits for news of the node, rather
+        // than fail for asking it again and again.
+        Class::Read if request.demands.position && !failure.written => {
+            history.expired = Some(problem);
+            Ok(pause(history))
+        }
         Class::Write if !request.idempotent => Err(problem),
         Class::Read | Class::Write => {
             let again = rules.on_connect && tries_left(history, rules) && may_retry();

@@ -12,13 +12,14 @@ use std::{
     pin::Pin,
     rc::Rc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 
 use crate::{
     server::{Conn, READ_BUFFER},
@@ -27,6 +28,9 @@ use crate::{
 
 /// The largest frame that hyper hands over: reading ahead stops where one more might not be kept.
 const AHEAD: usize = READ_BUFFER + FRAME;
+/// How long a node may take to refuse an upload before more of it is sent than is kept: LiteFS
+/// answers such a request at once, without reading it, while the sockets take in megabytes.
+const PAUSE: Duration = Duration::from_millis(25);
 /// What a kept frame costs beyond its bytes: a client may send one byte at a time.
 const FRAME: usize = 64;
 
@@ -83,6 +87,10 @@ struct Shared {
     starved: Cell<bool>,
     /// Bytes of body that came from the client.
     received: Cell<u64>,
+    /// Where one more frame might not be kept, the node gets a moment to say "elsewhere" first.
+    /// Once for each attempt.
+    pause: RefCell<Option<Pin<Box<Sleep>>>>,
+    paused: Cell<bool>,
 }
 
 #[derive(Debug)]
@@ -129,6 +137,8 @@ impl Upload {
             failed: Cell::new(false),
             starved: Cell::new(false),
             received: Cell::new(0),
+            pause: RefCell::default(),
+            paused: Cell::new(false),
         }))
     }
 
@@ -136,6 +146,8 @@ impl Upload {
     /// `100 Continue`, nothing is taken from it before the node says so.
     pub fn attempt(&self, wire: Rc<Wire>, expects_continue: bool, now: Instant) -> RequestBody {
         let mut state = self.0.state.borrow_mut();
+        self.0.paused.set(false);
+        *self.0.pause.borrow_mut() = None;
         state.sent = 0;
         state.trailers_sent = false;
         self.0.progress.set(now);
@@ -237,6 +249,13 @@ impl Shared {
         state.cost = cost;
     }
 
+    /// Whether the next frame might not be kept.
+    fn may_exceed(&self, state: &State) -> bool {
+        let rest = state.source.size_hint().exact().map(usize::try_from);
+        let rest = rest.and_then(Result::ok).map_or(AHEAD, |rest| rest.saturating_add(FRAME));
+        state.cost.saturating_add(rest.min(AHEAD)) > self.limit
+    }
+
     fn keep(&self, state: &mut State, data: &Bytes) {
         let cost = data.len() + FRAME;
         if state.cost + cost <= self.limit && self.budget.take(cost) {
@@ -269,6 +288,14 @@ impl Shared {
             let trailers = state.trailers.clone().filter(|_| !state.trailers_sent);
             state.trailers_sent = true;
             return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
+        }
+        if state.keeping && !self.paused.get() && self.may_exceed(state) {
+            let mut pause = self.pause.borrow_mut();
+            let pause = pause.get_or_insert_with(|| Box::pin(sleep(PAUSE)));
+            if pause.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            self.paused.set(true);
         }
         let polled = Pin::new(&mut state.source).poll_frame(cx);
         self.starved.set(polled.is_pending());

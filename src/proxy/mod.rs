@@ -345,6 +345,21 @@ impl Proxy {
         // The clock is read once for each turn of the loop and once for each answer.
         let mut now = now;
         loop {
+            if let (Class::Read, Some(HoldFor::Pause(length))) = (request.class, wait) {
+                // Not among those who wait for a primary: they may have long to wait.
+                wait = None;
+                let began = now;
+                self.pause(cluster, length).await;
+                now = Instant::now();
+                walk.held += now - began;
+                if now >= deadline {
+                    return Err(history.expired.unwrap_or(Problem::NoReader));
+                }
+                if let Some(session) = &mut walk.session {
+                    session.judge_again(cluster).await;
+                    request.demands.position = session.needs() || session.unread;
+                }
+            }
             if let Some(hold) = wait.take() {
                 let began = Instant::now();
                 let until = walk.reach_by.map_or(deadline, |by| by.min(deadline));
@@ -686,6 +701,13 @@ impl Proxy {
         }
         *held = Some(place);
         Ok(())
+    }
+
+    /// Waits for newer beliefs, at most this long.
+    async fn pause(&self, cluster: &Cluster, length: Duration) {
+        let mut topology = cluster.topology.borrow().clone();
+        let seen = topology.latest().generation;
+        let _ = timeout(length, topology.newer_than(seen)).await;
     }
 
     /// Waits a little for a replica to have what the client's token stands for.
