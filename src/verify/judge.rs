@@ -233,7 +233,8 @@ enum Because {
 #[derive(Debug, Default)]
 struct Book {
     writes: BTreeMap<Value, Written>,
-    /// What each client must see: of a list every entry; of a register nothing below the greatest.
+    /// What each client must see: of a list every entry; of a register nothing below its own
+    /// greatest write, nor below the greatest that it has read.
     bound: BTreeMap<u32, BTreeMap<Value, Because>>,
     is_read: bool,
 }
@@ -441,8 +442,10 @@ impl Judge {
                 }
                 let bound = book.bound.entry(client).or_default();
                 let number = seen.map(|value| value.number);
-                let greatest = bound.last_key_value().map(|(value, why)| (*value, *why));
-                let missed = greatest.filter(|(value, _)| Some(value.number) > number);
+                // The client's own write comes before what it has only read, in this order and as a
+                // promise: whoever allows the lesser breach must still hear of the greater one.
+                let mut bound = bound.iter().map(|(value, why)| (*value, *why));
+                let missed = bound.find(|(value, _)| Some(value.number) > number);
                 if let (None, Some(value)) = (missed, seen) {
                     book.bind(key.kind, client, value, Because::Seen);
                 }
@@ -563,9 +566,9 @@ impl Book {
         let bound = self.bound.entry(client).or_default();
         bound.entry(value).or_insert(because);
         if kind == Kind::Register {
-            while bound.len() > 1 {
-                bound.pop_first();
-            }
+            let greatest = bound.last_key_value().map(|(value, _)| *value);
+            let own = bound.iter().rfind(|(_, why)| **why == Because::Own).map(|(value, _)| *value);
+            bound.retain(|value, _| Some(*value) == greatest || Some(*value) == own);
         }
     }
 }

@@ -375,6 +375,23 @@ fn an_old_value_that_comes_back_is_found_by_whoever_saw_the_new_one() {
 }
 
 #[test]
+fn an_own_write_is_missed_even_where_a_later_one_of_unknown_end_was_read() {
+    let mut history = vec![
+        began(0, Operation::Write(REGISTER, value(1))),
+        ended(0, Outcome::Acknowledged),
+        began(0, Operation::Write(REGISTER, value(2))),
+        ended(0, Outcome::Ambiguous("502".into())),
+    ];
+    for shows in [vec![value(2)], vec![value(1)], vec![]] {
+        history.push(began(0, Operation::Read(REGISTER)));
+        history.push(ended(0, Outcome::Values(shows)));
+    }
+    let verdict = judge(&history);
+    assert_eq!(verdict.count(Breach::NonMonotonic), 1, "{:?}", complaints(&verdict));
+    assert_eq!(verdict.count(Breach::Stale), 1, "{:?}", complaints(&verdict));
+}
+
+#[test]
 fn memory_of_a_long_run_is_bounded() {
     let mut judge = super::judge::Judge::default();
     for number in 0..20_000 {
