@@ -17,8 +17,8 @@ use crate::{
 pub struct Load {
     /// Requests in flight.
     pub in_flight: usize,
-    /// Peak-EWMA latency in seconds; zero before the first answer.
-    pub latency: f64,
+    /// How long its answers take. What that comes to now is worked out only where it counts.
+    pub latency: PeakEwma,
     /// It has no free place.
     pub full: bool,
     /// How many choices were made before, for round robin.
@@ -32,12 +32,25 @@ pub struct Load {
     pub age: Duration,
 }
 
+impl Load {
+    /// Of a node of which nothing is known.
+    pub(super) const UNKNOWN: Self = Self {
+        in_flight: 0,
+        latency: PeakEwma { seconds: 0.0, at: None },
+        full: false,
+        turn: 0,
+        reach: Reach::Reached,
+        denies: false,
+        age: Duration::ZERO,
+    };
+}
+
 /// Latency that believes bad news at once and forgets it slowly.
 ///
 /// Peak-EWMA: a sample above the average replaces it, one below pulls it down with a time
 /// constant of [`PeakEwma::DECAY`]; without samples it decays too, so that a node once slow is
 /// tried again.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PeakEwma {
     seconds: f64,
     at: Option<Instant>,
@@ -78,7 +91,7 @@ impl PeakEwma {
 pub(super) struct Candidate<'t> {
     pub(super) index: usize,
     pub(super) node: &'t Node,
-    pub(super) load: Load,
+    pub(super) load: &'t Load,
 }
 
 /// What to go by.
@@ -126,7 +139,7 @@ const UNKNOWN: f64 = 1e-6;
 fn cost(candidate: &Candidate<'_>, rules: &Rules, now: Instant) -> f64 {
     let in_flight = candidate.load.in_flight as f64 + 1.0;
     let latency = match rules.balance {
-        Balance::PeakEwma => candidate.load.latency.max(UNKNOWN),
+        Balance::PeakEwma => candidate.load.latency.value(now).max(UNKNOWN),
         _ => 1.0,
     };
     in_flight * latency / warmth(candidate.node, rules.slow_start, now)

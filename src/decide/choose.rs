@@ -210,8 +210,8 @@ impl View<'_> {
         }
     }
 
-    fn load(&self, index: usize) -> Load {
-        self.loads.get(index).copied().unwrap_or_default()
+    fn load(&self, index: usize) -> &Load {
+        self.loads.get(index).unwrap_or(&Load::UNKNOWN)
     }
 
     /// Whether a node has what the client must be shown.
@@ -327,7 +327,7 @@ mod tests {
     use super::*;
     use crate::{
         config::cluster::Balance,
-        decide::{Attempt, Because, Cause, Ended, Failure, FailureKind},
+        decide::{Attempt, Because, Cause, Ended, Failure, FailureKind, balance::PeakEwma},
     };
 
     const A: NodeId = NodeId(1);
@@ -600,7 +600,7 @@ mod tests {
 
     #[test]
     fn the_less_loaded_of_two_is_taken() {
-        let load = |in_flight| Load { in_flight, latency: 0.01, ..Load::default() };
+        let load = |in_flight| Load { in_flight, ..Load::default() };
         let loads = [load(0), load(9), load(1)];
         for chance in 0..64u64 {
             let choice = choose(
@@ -628,9 +628,12 @@ mod tests {
         let mut random = fastrand::Rng::with_seed(7);
         let mut chosen = [0; 3];
         for turn in 0..1000 {
-            let load = |in_flight, latency| Load { in_flight, latency, turn, ..Load::default() };
+            let load = |in_flight, millis| {
+                let latency = PeakEwma::default().observe(Duration::from_millis(millis), now);
+                Load { in_flight, latency, turn, ..Load::default() }
+            };
             // The first is slow, the last is busy.
-            let loads = [load(1, 0.1), load(1, 0.001), load(3, 0.001)];
+            let loads = [load(1, 100), load(1, 1), load(3, 1)];
             let history = History::default();
             let read = request(Class::Read);
             let choice = choose(&read, topology, &history, &rules, &loads, random.u64(..), now);

@@ -128,8 +128,17 @@ pub struct Demanded {
 /// # Errors
 /// [`Problem::BadDemand`]: to overlook what can't be read would promise what is not kept.
 pub fn demanded(head: &HeaderMap) -> Result<Demanded, Problem> {
+    let (mut consistency, mut staleness) = (None, None);
+    // A look-up would hash both names, and this runs for whoever sends a token.
+    for (name, value) in head {
+        if *name == CONSISTENCY {
+            consistency.get_or_insert(value);
+        } else if *name == MAX_STALENESS {
+            staleness.get_or_insert(value);
+        }
+    }
     let mut demanded = Demanded::default();
-    if let Some(value) = head.get(&CONSISTENCY) {
+    if let Some(value) = consistency {
         demanded.consistency = match value.as_bytes() {
             b"any" => Consistency::Any,
             b"session" => Consistency::Session,
@@ -137,7 +146,7 @@ pub fn demanded(head: &HeaderMap) -> Result<Demanded, Problem> {
             _ => return Err(Problem::BadDemand),
         };
     }
-    if let Some(value) = head.get(&MAX_STALENESS) {
+    if let Some(value) = staleness {
         let length = value.to_str().ok().and_then(|text| units::duration(text).ok());
         demanded.staleness = Some(length.ok_or(Problem::BadDemand)?);
     }

@@ -84,6 +84,9 @@ impl Need {
 
     /// Whether a node's history contains all of it, as far as that was seen.
     pub fn reach(&self, positions: &Positions) -> Reach {
+        if let [(database, needed)] = &self.databases[..] {
+            return positions.reach(*database, *needed);
+        }
         self.databases.iter().fold(Reach::Reached, |reach, (database, needed)| {
             reach.and(positions.reach(*database, *needed))
         })
@@ -316,12 +319,12 @@ pub struct Carried<'h> {
     pub txid: Option<&'h [u8]>,
 }
 
-/// Looks for tokens in a request's fields. `cookie` is the name of litegate's own.
-pub fn carried<'h>(head: &'h HeaderMap, cookie: &str) -> Carried<'h> {
+/// Looks for tokens in a request's fields. `cookie` is the name of litegate's own; `speaks` says
+/// whether any field is named `Litegate-…`: of most requests none is.
+pub fn carried<'h>(head: &'h HeaderMap, cookie: &str, speaks: bool) -> Carried<'h> {
     let mut carried = Carried::default();
     for line in head.get_all(header::COOKIE) {
-        for pair in line.as_bytes().split(|byte| *byte == b';') {
-            let pair = pair.trim_ascii();
+        for pair in pairs(line.as_bytes()) {
             if let Some(value) = valued(pair, TXID_COOKIE) {
                 carried.txid = Some(value);
             } else if let Some(value) = valued(pair, cookie) {
@@ -329,10 +332,21 @@ pub fn carried<'h>(head: &'h HeaderMap, cookie: &str) -> Carried<'h> {
             }
         }
     }
-    if let Some(token) = head.get(&TOKEN) {
+    if let Some(token) = speaks.then(|| head.get(&TOKEN)).flatten() {
         carried.token = Some(token.as_bytes());
     }
     carried
+}
+
+/// The pairs of a `Cookie` line: many, and long ones, none of which is litegate's.
+fn pairs(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let ends = memchr::memchr_iter(b';', line).chain([line.len()]);
+    let mut from = 0;
+    ends.map(move |end| {
+        let pair = line.get(from..end).unwrap_or_default();
+        from = end + 1;
+        pair.trim_ascii()
+    })
 }
 
 fn valued<'p>(pair: &'p [u8], name: &str) -> Option<&'p [u8]> {
@@ -344,7 +358,7 @@ fn valued<'p>(pair: &'p [u8], name: &str) -> Option<&'p [u8]> {
 pub fn without_txid(head: &HeaderMap) -> Option<HeaderValue> {
     let mut kept = Vec::new();
     for line in head.get_all(header::COOKIE) {
-        for pair in line.as_bytes().split(|byte| *byte == b';').map(<[u8]>::trim_ascii) {
+        for pair in pairs(line.as_bytes()) {
             if valued(pair, TXID_COOKIE).is_none() {
                 if !kept.is_empty() {
                     kept.extend_from_slice(b"; ");
@@ -494,11 +508,11 @@ mod tests {
         let mut head = HeaderMap::new();
         head.append(header::COOKIE, HeaderValue::from_static("a=b; litegate=one;__txid=5"));
         head.append(header::COOKIE, HeaderValue::from_static("xlitegate=two; c"));
-        let found = carried(&head, "litegate");
+        let found = carried(&head, "litegate", true);
         assert_eq!(found, Carried { token: Some(b"one"), txid: Some(b"5") });
         assert_eq!(without_txid(&head).unwrap(), "a=b; litegate=one; xlitegate=two; c");
         head.insert(TOKEN, HeaderValue::from_static("three"));
-        assert_eq!(carried(&head, "litegate").token, Some(&b"three"[..]));
+        assert_eq!(carried(&head, "litegate", true).token, Some(&b"three"[..]));
         head.insert(header::COOKIE, HeaderValue::from_static("__txid=5"));
         assert_eq!(without_txid(&head), None);
     }

@@ -206,7 +206,7 @@ impl Cluster {
     /// Reads a token.
     pub(super) fn read_token(&self, text: &[u8]) -> Result<Token, Void> {
         let key = self.key();
-        if let Some(need) = self.tokens.borrow().get(text) {
+        if let Some(need) = self.tokens.borrow_mut().get(text) {
             return Ok(Token::Need(need.clone()));
         }
         let longest = self.config.consistency.affinity;
@@ -323,7 +323,7 @@ impl Cluster {
         self.upstreams.each(|node| {
             loads.push(decide::balance::Load {
                 in_flight: node.gate.inside(),
-                latency: node.load.latency.get().value(now.into_std()),
+                latency: node.load.latency.get(),
                 full: node.gate.is_full(),
                 turn,
                 ..decide::balance::Load::default()
@@ -335,6 +335,9 @@ impl Cluster {
             loads.iter_mut().for_each(|load| load.reach = Reach::NotYet);
         } else if session.is_some_and(Session::needs) || demands.staleness.is_some() {
             for (load, node) in loads.iter_mut().zip(&topology.nodes) {
+                if topology.primary == Some(node.id) {
+                    continue; // See below.
+                }
                 let positions = node.progress.get();
                 let leading = primary.as_deref().map(|positions| &**positions);
                 load.reach = session.map_or(Reach::Reached, |s| s.reach(&positions, leading));

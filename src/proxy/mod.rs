@@ -33,8 +33,8 @@ use crate::{
         listener::Listener,
     },
     decide::{
-        self, Attempt, Cause, Class, Demands, Ended, Failure, FailureKind, History, HoldFor,
-        Problem, Wanted,
+        self, Attempt, Cause, Class, Ended, Failure, FailureKind, History, HoldFor, Problem,
+        Wanted,
         choose::Choice,
         classify::PREFER_INSTANCE,
         next::{Next, Outcome},
@@ -217,7 +217,6 @@ impl Proxy {
         let began = self.shard.request_began(conn.origin.listener);
         let (mut parts, body) = request.into_parts();
         let line = self.log.as_ref().map(|_| Line::of(&parts.uri, parts.version, &parts.headers));
-        let html = relay::prefers_html(&parts.headers);
         let mut walk = Walk {
             client,
             conn,
@@ -282,7 +281,7 @@ impl Proxy {
                 let own = Own {
                     problem,
                     detail: detail.as_deref(),
-                    html,
+                    html: relay::prefers_html(&walk.headers),
                     outcome: walk.outcome,
                     instance: &self.instance,
                     close: conn.is_draining(),
@@ -313,10 +312,13 @@ impl Proxy {
         walk.cluster = Some(cluster);
         walk.route = route.index;
         let now = Instant::now();
-        let mut request = cluster.look(now, None, Demands::default(), |topology, _| {
-            let region = cluster.next.primary_region.as_deref();
-            decide::classify::classify(&head, route, topology, region)
-        })?;
+        let region = cluster.next.primary_region.as_deref();
+        let mut request = decide::classify::classify(
+            &head,
+            route,
+            cluster.topology.borrow_mut().latest(),
+            region,
+        )?;
         let (trusted, secure) = (walk.client.peer.trusted, walk.is_secure());
         let cookie = cluster.cookie(secure);
         walk.scope =

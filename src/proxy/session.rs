@@ -69,9 +69,11 @@ pub(super) async fn of(
     request: &mut decide::Request,
 ) -> Result<Option<Box<Session>>, Problem> {
     let rules = &cluster.config.consistency;
+    // One look at the names instead of one for each of the fields.
+    let speaks = headers.keys().any(|name| name.as_str().starts_with("litegate-"));
     let is_heeded = match rules.on_request {
-        OnRequest::Any => true,
-        OnRequest::Trusted => trusted,
+        OnRequest::Any => speaks,
+        OnRequest::Trusted => speaks && trusted,
         OnRequest::Off => false,
     };
     let mut asked = Consistency::Session;
@@ -82,7 +84,7 @@ pub(super) async fn of(
     }
     let mut session = Session::default();
     if rules.mode != Mode::Off && asked != Consistency::Any {
-        let carried = token::carried(headers, cookie);
+        let carried = token::carried(headers, cookie, speaks);
         if carried.token.is_some() && rules.mode == Mode::Token && !cluster.has_key() {
             session.unread = true;
         } else if let Some(text) = carried.token {
@@ -126,6 +128,9 @@ impl Session {
     /// Whether a node's history contains all that is needed.
     pub(super) fn reach(&self, node: &Positions, primary: Option<&Positions>) -> Reach {
         let last = self.last.as_ref().and_then(|last| last.need.as_ref());
+        if let (Some(need), None) = (&self.need, last) {
+            return need.is_reached(node, primary);
+        }
         let needs = self.need.iter().chain(last);
         needs.fold(Reach::Reached, |reach, need| reach.and(need.is_reached(node, primary)))
     }

@@ -49,9 +49,10 @@ pub struct Position {
 impl Position {
     /// Reads a number as LiteFS writes it: exactly 16 hexadecimal digits.
     pub fn parse_hex(text: &[u8]) -> Option<u64> {
-        let text = std::str::from_utf8(text).ok()?;
-        let is_hex = text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-        is_hex.then(|| u64::from_str_radix(text, 16).ok()).flatten()
+        let digits: &[u8; 16] = text.try_into().ok()?;
+        digits.iter().try_fold(0, |number, digit| {
+            Some(number << 4 | u64::from(char::from(*digit).to_digit(16)?))
+        })
     }
 }
 
