@@ -8,6 +8,7 @@ pub mod pem;
 pub mod proxy_protocol;
 #[cfg(test)]
 pub(crate) mod simulated;
+pub mod tls;
 
 use std::{
     io,

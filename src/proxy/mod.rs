@@ -43,7 +43,10 @@ use crate::{
         route::Head,
         token::TokenRead,
     },
-    net::proxy_protocol::{self, Ends, Introduction},
+    net::{
+        proxy_protocol::{self, Ends, Introduction},
+        tls::Offer,
+    },
     server::{ClientCertificate, Conn, Door, Handshake, Origin, ProxyProtocol, tls::Tls},
     telemetry::{
         access_log::{Line, Sink, Tried},
@@ -848,8 +851,12 @@ impl Proxy {
         let this = Try {
             conn: walk.conn,
             upload: walk.upload.as_ref(),
-            // An upgrade is HTTP/1.1's.
-            h2: cluster.config.upstream.protocol == UpstreamProtocol::H2 && !walk.upgrade,
+            offer: match cluster.config.upstream.protocol {
+                UpstreamProtocol::H2 if !walk.upgrade => Offer::H2,
+                UpstreamProtocol::Auto if !walk.upgrade => Offer::Either,
+                // An upgrade is HTTP/1.1's.
+                _ => Offer::Http1,
+            },
             speaks_for: walk.client.introduction(cluster.config.send_proxy),
             expects_continue,
             interim: walk.version == Version::HTTP_11,
@@ -1116,7 +1123,13 @@ struct Answer {
 /// Tells discovery of a failed attempt.
 fn report(cluster: &Cluster, node: &Node, failure: Failure) {
     node.load.cells.attempt(Err(failure.kind), Duration::ZERO);
-    let connect = matches!(failure.kind, FailureKind::ConnectRefused | FailureKind::ConnectTimeout);
+    let connect = matches!(
+        failure.kind,
+        FailureKind::ConnectRefused
+            | FailureKind::ConnectTimeout
+            | FailureKind::Certificate
+            | FailureKind::Tls
+    );
     if failure.kind != FailureKind::NodeFull && failure.kind != FailureKind::StaleConnection {
         cluster.observer.observe(Saw::Failed { node: node.id, connect }, Source::Traffic);
     }
