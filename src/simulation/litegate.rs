@@ -13,7 +13,6 @@ use std::{
 
 use bytes::Bytes;
 use http::{Request, Response};
-use hyper::body::Incoming;
 use tokio::{sync::Semaphore, task::JoinSet, time::interval};
 
 use super::{
@@ -26,7 +25,8 @@ use crate::{
     net::Stream,
     proxy::{Client, Hold, Parts, Proxy, ResponseBody, Shared},
     server::{
-        self, ClientCertificate, Conn, Door, Handshake, Limits, Origin, ProxyProtocol, Refusal,
+        self, ClientCertificate, Conn, Door, Handshake, Incoming, Limits, Origin, ProxyProtocol,
+        Refusal,
     },
     telemetry::metrics::Metrics,
     topology::{Change, Member, Saw, Source, Topology, watch},
