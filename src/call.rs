@@ -11,7 +11,10 @@ use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use tokio::{io::AsyncWriteExt as _, task::JoinHandle, time::timeout};
 
-use crate::net::Stream;
+use crate::net::{
+    Stream,
+    tls::{Connector, Offer, TlsError},
+};
 
 /// The largest head of an answer.
 const HEAD: usize = 1 << 20;
@@ -22,6 +25,9 @@ pub enum CallError {
     /// No connection, or it broke.
     #[error("{0}")]
     Io(#[from] std::io::Error),
+    /// No TLS with whoever answered.
+    #[error("{0}")]
+    Tls(#[from] TlsError),
     /// Not HTTP.
     #[error("{0}")]
     Http(#[from] hyper::Error),
@@ -53,12 +59,19 @@ impl Drop for Connection {
 }
 
 impl Connection {
-    async fn open(address: SocketAddr, opening: &[u8]) -> Result<Self, CallError> {
+    async fn open(
+        address: SocketAddr,
+        opening: &[u8],
+        tls: Option<&Connector>,
+    ) -> Result<Self, CallError> {
         let mut stream = Stream::connect(address).await?;
         stream.set_nodelay(true)?;
         // A peer that vanished without a word is told from an idle one by the kernel.
         stream.keep_alive(Duration::from_secs(2), Duration::from_secs(1), 3)?;
         stream.write_all(opening).await?;
+        if let Some(tls) = tls {
+            (stream, _) = tls.connect(stream, address, Offer::Http1).await?;
+        }
         let (sender, driver) =
             http1::Builder::new().max_buf_size(HEAD).handshake(TokioIo::new(stream)).await?;
         let driver = tokio::spawn(async move {
@@ -101,15 +114,16 @@ pub async fn get(
     }
 }
 
-/// GETs a path for its status alone. `opening` goes before the request.
+/// GETs a path for its status alone. `opening` goes before everything, `tls` included.
 pub async fn status(
     address: SocketAddr,
     path: &str,
     opening: &[u8],
+    tls: Option<&Connector>,
     limit: Duration,
 ) -> Result<StatusCode, CallError> {
     let call = async {
-        let connection = Connection::open(address, opening).await?;
+        let connection = Connection::open(address, opening, tls).await?;
         Ok(connection.get(address, path).await?.0.status())
     };
     timeout(limit, call).await.unwrap_or(Err(CallError::Timeout))
@@ -120,7 +134,7 @@ pub async fn get_any(
     address: SocketAddr,
     path: &str,
 ) -> Result<(Response<Incoming>, Connection), CallError> {
-    Connection::open(address, &[]).await?.get(address, path).await
+    Connection::open(address, &[], None).await?.get(address, path).await
 }
 
 /// Sends a request without a body over a connection of its own.
@@ -128,7 +142,7 @@ pub async fn send(
     address: SocketAddr,
     request: request::Builder,
 ) -> Result<(Response<Incoming>, Connection), CallError> {
-    Connection::open(address, &[]).await?.send(request).await
+    Connection::open(address, &[], None).await?.send(request).await
 }
 
 /// Reads an answer whole, unless it is larger than `most`.

@@ -1,13 +1,23 @@
 //! What discovery finds out, for somebody who only asks.
 
 use std::{
+    net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use crate::{config::Config, discovery, telemetry::metrics::Metrics, topology};
+use crate::{
+    config::{self, Config, cluster::UpstreamProtocol},
+    discovery,
+    net::{
+        Stream,
+        tls::{Connector, Offer},
+    },
+    telemetry::metrics::Metrics,
+    topology,
+};
 
 /// What discovery found out of one cluster.
 #[derive(Debug)]
@@ -34,7 +44,9 @@ pub async fn look(config: &Config, least: Duration, most: Duration) -> Vec<Found
             }
         };
         let cells = Metrics::new().discovery(&cluster.name);
-        (discovery::start(cluster, None, hostname.clone(), cells, on_change), silent)
+        // What is wrong with its files has been said already.
+        let tls = super::open_nodes(cluster).ok().flatten();
+        (discovery::start(cluster, tls, None, hostname.clone(), cells, on_change), silent)
     });
     let watched: Vec<_> = watched.collect();
     let mut found = Vec::new();
@@ -56,4 +68,22 @@ pub async fn look(config: &Config, least: Duration, most: Duration) -> Vec<Found
         found.push(Found { topology, silent });
     }
     found
+}
+
+/// Whether a node of the cluster lets us in: a connection, and TLS where it is spoken.
+///
+/// # Errors
+/// Why it does not.
+pub async fn knock(cluster: &config::cluster::Cluster, address: SocketAddr) -> Result<(), String> {
+    let stream = Stream::connect(address).await.map_err(|error| error.to_string())?;
+    let Some(tls) = super::open_nodes(cluster).map_err(|error| error.to_string())? else {
+        return Ok(());
+    };
+    let offer = match cluster.upstream.protocol {
+        UpstreamProtocol::Http1 => Offer::Http1,
+        UpstreamProtocol::H2 => Offer::H2,
+        UpstreamProtocol::Auto => Offer::Either,
+    };
+    let session = Connector::new(&tls).connect(stream, address, offer).await;
+    session.map(drop).map_err(|error| error.to_string())
 }

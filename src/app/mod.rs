@@ -6,6 +6,7 @@
 
 use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, thread::JoinHandle};
 
+use rustls::pki_types::ServerName;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, oneshot, watch},
@@ -18,11 +19,14 @@ use crate::{
         listener::{ClientAuth, Listener},
     },
     discovery::{self, Discovery},
-    net::pem::FileError,
+    net::{
+        self,
+        pem::{FileError, Look},
+    },
     proxy::{Hold, LastWrites, Shared},
     server::{
         listener,
-        tls::{Files, Look, Need, Tls},
+        tls::{Files, Need, Tls},
     },
     telemetry::{
         access_log::AccessLog,
@@ -30,7 +34,7 @@ use crate::{
     },
     topology,
 };
-pub use look::{Found, look};
+pub use look::{Found, knock, look};
 use worker::{Command, Outfit, limits, work};
 
 mod handoff;
@@ -132,6 +136,7 @@ pub fn start(config: Config) -> io::Result<Running> {
     let mut sockets = Vec::new();
     let mut listeners = Vec::new();
     let workers = config.server.workers.get();
+    let nodes: Vec<_> = config.clusters.iter().map(open_nodes).collect::<Result<_, _>>()?;
     let mut tls = Vec::new();
     for listener in &config.listeners {
         tls.push(open_tls(listener.tls.as_ref().map(|tls| files(listener, tls)))?);
@@ -157,7 +162,7 @@ pub fn start(config: Config) -> io::Result<Running> {
             }
         };
         runtime.block_on(async move {
-            match Control::start(config, sockets, tls, admin_socket, log, counted).await {
+            match Control::start(config, sockets, tls, nodes, admin_socket, log, counted).await {
                 Err(error) => {
                     let _ = ready.send(Err(error));
                     Ended::Cut
@@ -183,7 +188,28 @@ pub fn read_files(config: &Config) -> io::Result<()> {
     for listener in &config.listeners {
         open_tls(listener.tls.as_ref().map(|tls| files(listener, tls)))?;
     }
+    for cluster in &config.clusters {
+        open_nodes(cluster)?;
+    }
     Ok(())
+}
+
+/// The files of TLS to a cluster's nodes, and how they are used.
+fn files_of_nodes(cluster: &config::cluster::Cluster) -> Option<net::tls::Files> {
+    let tls = cluster.upstream.tls.as_ref()?;
+    let name = cluster.server_name();
+    Some(net::tls::Files {
+        cluster: Arc::clone(&cluster.name),
+        authorities: tls.ca.clone(),
+        // The loader has seen that it is one.
+        name: name.and_then(|name| ServerName::try_from(name.to_owned()).ok()),
+        own: tls.own.as_ref().map(|own| (own.certificate.clone(), own.key.clone())),
+        unverified: tls.insecure_skip_verify,
+    })
+}
+
+fn open_nodes(cluster: &config::cluster::Cluster) -> Result<Option<Arc<net::tls::Tls>>, FileError> {
+    files_of_nodes(cluster).map(|files| net::tls::Tls::load(files).map(Arc::new)).transpose()
 }
 
 /// The files of a listener's TLS, and how they are used.
@@ -262,6 +288,7 @@ struct Watched {
     discovery: Discovery,
     hold: Arc<Hold>,
     last_writes: Arc<LastWrites>,
+    tls: Option<Arc<net::tls::Tls>>,
 }
 
 /// The control plane.
@@ -311,6 +338,8 @@ struct Prepared {
     sockets: Vec<(usize, SocketAddr, Vec<std::net::TcpListener>)>,
     /// For each configured listener, its TLS.
     tls: Vec<Option<Arc<Tls>>>,
+    /// For each configured cluster, TLS to its nodes.
+    nodes: Vec<Option<Arc<net::tls::Tls>>>,
     /// Where the admin listener moves.
     admin: Swap<Option<std::net::TcpListener>>,
     /// The new access log.
@@ -329,6 +358,7 @@ impl Control {
         config: Config,
         sockets: Vec<Vec<std::net::TcpListener>>,
         tls: Vec<Option<Arc<Tls>>>,
+        nodes: Vec<Option<Arc<net::tls::Tls>>>,
         admin_socket: Option<std::net::TcpListener>,
         log: Option<AccessLog>,
         metrics: Arc<Metrics>,
@@ -337,7 +367,8 @@ impl Control {
         let clusters: Vec<Watched> = config
             .clusters
             .iter()
-            .map(|cluster| observe(cluster, None, Arc::clone(&metrics)))
+            .zip(nodes)
+            .map(|(cluster, tls)| observe(cluster, tls, None, Arc::clone(&metrics)))
             .collect();
         metrics.ask(standings(&clusters));
         let (confirm, confirmed) = mpsc::channel(COMMANDS);
@@ -411,6 +442,7 @@ impl Control {
             observer: watched.discovery.observer.clone(),
             hold: Arc::clone(&watched.hold),
             last_writes: Arc::clone(&watched.last_writes),
+            tls: watched.tls.clone(),
         });
         Outfit {
             config: Arc::clone(&self.config),
@@ -517,6 +549,25 @@ impl Control {
             }
             self.tell_expiries();
         }
+        for watched in &self.clusters {
+            let Some(tls) = &watched.tls else { continue };
+            let cluster = &*watched.config.name;
+            match tls.look() {
+                Look::Same => continue,
+                Look::Renewed => {
+                    self.metrics.renewed_to_nodes(cluster, true);
+                    tracing::info!(cluster, "certificates for nodes reloaded");
+                }
+                Look::Refused(error) => {
+                    self.metrics.renewed_to_nodes(cluster, false);
+                    tracing::error!(
+                        cluster, %error,
+                        "certificates for nodes refused, the former stay",
+                    );
+                }
+            }
+            self.tell_expiries();
+        }
     }
 
     /// Tells the scrape which certificates are in force.
@@ -529,6 +580,12 @@ impl Control {
             each.map(move |(path, at)| (Arc::clone(&listener), path.display().to_string(), at))
         });
         self.metrics.certificates(all.collect());
+        let all = self.clusters.iter().filter_map(|watched| {
+            let tls = watched.tls.as_ref()?;
+            let expiry = tls.expiry().map(|(path, at)| (path.display().to_string(), at));
+            Some((Arc::clone(&watched.config.name), expiry))
+        });
+        self.metrics.certificates_to_nodes(all.collect());
     }
 
     /// Whatever of a reload can fail. Nothing has changed when it does.
@@ -562,6 +619,15 @@ impl Control {
                 (files, _) => open_tls(files).map_err(|error| error.to_string())?,
             });
         }
+        let mut nodes = Vec::new();
+        for cluster in &config.clusters {
+            let known = self.clusters.iter().find(|w| w.config.name == cluster.name);
+            let known = known.and_then(|watched| watched.tls.as_ref());
+            nodes.push(match (files_of_nodes(cluster), known) {
+                (Some(files), Some(known)) if *known.files() == files => Some(Arc::clone(known)),
+                _ => open_nodes(cluster).map_err(|error| error.to_string())?,
+            });
+        }
         let admin = if config.admin == self.config.admin {
             Swap::Keep
         } else {
@@ -575,31 +641,32 @@ impl Control {
             let log = AccessLog::start(&config.access_log, Arc::clone(&self.metrics));
             Swap::For(log.map_err(|error| format!("access_log: {error}"))?)
         };
-        Ok(Prepared { numbers, sockets, tls, admin, log })
+        Ok(Prepared { numbers, sockets, tls, nodes, admin, log })
     }
 
     /// Applies another configuration, all or nothing.
     async fn reload(&mut self, config: Config) -> Result<Addresses, String> {
-        let Prepared { numbers, sockets, tls, admin, log } = self.prepare(&config)?;
+        let Prepared { numbers, sockets, tls, nodes, admin, log } = self.prepare(&config)?;
         if let Swap::For(socket) = admin {
             self.open_admin(socket).map_err(|error| error.to_string())?;
         }
         let mut before: Vec<Watched> = std::mem::take(&mut self.clusters);
-        for cluster in &config.clusters {
+        for (cluster, tls) in config.clusters.iter().zip(nodes) {
             let same = before.iter().position(|watched| watched.config.name == cluster.name);
             let watched = match same.map(|index| before.swap_remove(index)) {
                 Some(mut watched) if is_observed_alike(&watched.config, cluster) => {
                     watched.hold.reconfigure(&cluster.hold);
                     watched.config = cluster.clone();
+                    watched.tls = tls;
                     watched
                 }
                 Some(mut watched) => {
                     let seed = Arc::clone(watched.discovery.reader.latest());
-                    let next = observe(cluster, Some(&seed), Arc::clone(&self.metrics));
+                    let next = observe(cluster, tls, Some(&seed), Arc::clone(&self.metrics));
                     watched.hold.reconfigure(&cluster.hold);
                     Watched { hold: watched.hold, last_writes: watched.last_writes, ..next }
                 }
-                None => observe(cluster, None, Arc::clone(&self.metrics)),
+                None => observe(cluster, tls, None, Arc::clone(&self.metrics)),
             };
             self.clusters.push(watched);
         }
@@ -719,10 +786,12 @@ fn is_observed_alike(a: &config::cluster::Cluster, b: &config::cluster::Cluster)
         && a.tripwire == b.tripwire
         && a.prefer == b.prefer
         && a.send_proxy == b.send_proxy
+        && a.upstream.tls == b.upstream.tls
 }
 
 fn observe(
     cluster: &config::cluster::Cluster,
+    tls: Option<Arc<net::tls::Tls>>,
     seed: Option<&topology::Topology>,
     metrics: Arc<Metrics>,
 ) -> Watched {
@@ -732,9 +801,10 @@ fn observe(
     let counted = move |change: &topology::Change| metrics.changed(&name, change);
     Watched {
         config: cluster.clone(),
-        discovery: discovery::start(cluster, seed, hostname, cells, counted),
+        discovery: discovery::start(cluster, tls.clone(), seed, hostname, cells, counted),
         hold: Hold::new(&cluster.hold),
         last_writes: Arc::default(),
+        tls,
     }
 }
 

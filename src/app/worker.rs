@@ -10,7 +10,6 @@ use std::{
 
 use bytes::Bytes;
 use http::{Request, Response};
-use hyper::body::Incoming;
 use tokio::{
     net::TcpListener,
     sync::mpsc,
@@ -22,8 +21,8 @@ use crate::{
     config::{Config, listener::Listener},
     proxy::{Client, Parts, Proxy, Shared},
     server::{
-        self, Accepting, ClientCertificate, Conn, Door, Handshake, Limits, Origin, Refusal, drain,
-        tls::Tls,
+        self, Accepting, ClientCertificate, Conn, Door, Handshake, Incoming, Limits, Origin,
+        Refusal, drain, tls::Tls,
     },
     telemetry::{access_log::Sink, metrics::Metrics},
 };

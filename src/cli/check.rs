@@ -2,10 +2,7 @@
 
 use std::{net::SocketAddr, path::Path, process::ExitCode, time::Duration};
 
-use tokio::{
-    net::TcpStream,
-    time::{Instant, timeout},
-};
+use tokio::time::{Instant, timeout};
 
 use crate::{
     app::{self, Found},
@@ -59,7 +56,7 @@ async fn look(config: &Config) -> bool {
     for (cluster, found) in config.clusters.iter().zip(&found) {
         let mut ports = Vec::new();
         for node in members(found) {
-            ports.push(port(node.address).await);
+            ports.push(port(cluster, node.address).await);
         }
         let (lines, is_fine) = report(cluster, found, &ports);
         for line in lines {
@@ -75,11 +72,11 @@ fn members(found: &Found) -> impl Iterator<Item = &Node> {
 }
 
 /// Why nobody answers there.
-async fn port(address: SocketAddr) -> Option<String> {
+async fn port(cluster: &Cluster, address: SocketAddr) -> Option<String> {
     let began = Instant::now();
-    match timeout(CONNECT, TcpStream::connect(address)).await {
-        Ok(Ok(_)) => None,
-        Ok(Err(error)) => Some(error.to_string()),
+    match timeout(CONNECT, app::knock(cluster, address)).await {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(error),
         Err(_) => Some(format!("no answer in {:.0} s", began.elapsed().as_secs_f64())),
     }
 }

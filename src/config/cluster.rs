@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
+use super::listener::Certificate;
+
 /// Databases of one node that can be followed.
 pub const DATABASES: usize = 16;
 
@@ -215,10 +217,46 @@ pub enum SendProxy {
 }
 
 /// `[cluster.NAME.upstream]`: how nodes are spoken to.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Upstream {
     /// `protocol`
     pub protocol: UpstreamProtocol,
+    /// `tls`. `None`: clear text.
+    pub tls: Option<UpstreamTls>,
+}
+
+/// `[cluster.NAME.upstream.tls]`: TLS at the port where requests go.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct UpstreamTls {
+    /// `ca`: who signs nodes' certificates. Empty: whoever the system trusts.
+    pub ca: Vec<PathBuf>,
+    /// `server_name`: what nodes' certificates are made out to. `None`: the name by which they are
+    /// looked up, or a static node's IP address.
+    pub server_name: Option<Arc<str>>,
+    /// `certificate` and `key`: our own.
+    pub own: Option<Certificate>,
+    /// `insecure_skip_verify`: whoever answers is taken for the node.
+    pub insecure_skip_verify: bool,
+}
+
+impl Cluster {
+    /// The name that nodes' certificates must have. `None`: their IP addresses.
+    pub fn server_name(&self) -> Option<&str> {
+        let written = self.upstream.tls.as_ref().and_then(|tls| tls.server_name.as_deref());
+        written.or(match &self.members {
+            Members::Dns(lookup) | Members::Srv(lookup) => {
+                let mut domain = lookup.name.trim_end_matches('.');
+                // `_http._tcp.abaci-app-headless`: certificates have the domain alone.
+                while let Some((label, rest)) = domain.split_once('.')
+                    && label.starts_with('_')
+                {
+                    domain = rest;
+                }
+                Some(domain)
+            }
+            Members::Static(_) => None,
+        })
+    }
 }
 
 /// `protocol`
@@ -227,8 +265,10 @@ pub enum UpstreamProtocol {
     /// HTTP/1.1
     #[default]
     Http1,
-    /// HTTP/2 by prior knowledge. An upgrade still goes by HTTP/1.1.
+    /// HTTP/2, in clear text by prior knowledge. An upgrade still goes by HTTP/1.1.
     H2,
+    /// Over TLS, what the node chooses.
+    Auto,
 }
 
 /// `[cluster.NAME.timeouts]`

@@ -9,6 +9,7 @@ use std::{
 };
 
 use http::{HeaderName, Method, StatusCode};
+use rustls::pki_types::ServerName;
 use toml::de::DeTable;
 
 use super::{
@@ -17,7 +18,7 @@ use super::{
     cluster::{
         Balance, Cluster, Consistency, Consul, DATABASES, Durability, Health, Hold, Lookup,
         Members, Mode, OnRequest, OnTimeout, Prefer, Reads, Replay, Retry, RoleSource, Secret,
-        SendProxy, StaticNode, Timeouts, Upstream, UpstreamProtocol,
+        SendProxy, StaticNode, Timeouts, Upstream, UpstreamProtocol, UpstreamTls,
     },
     diagnostic::{Diagnostic, Diagnostics, Place},
     limits::Limits,
@@ -394,6 +395,7 @@ fn cluster(name: &str, mut section: Section) -> Option<Cluster> {
     };
     the_api_is_not_the_app(&cluster, &section);
     probes_are_understood(&cluster, &section);
+    nodes_have_a_name(&cluster, &section);
     Some(cluster)
 }
 
@@ -621,8 +623,69 @@ fn absolute(path: &str) -> Result<Box<str>, String> {
 }
 
 fn upstream(mut section: Section) -> Upstream {
-    let words = [("http/1.1", UpstreamProtocol::Http1), ("h2", UpstreamProtocol::H2)];
-    Upstream { protocol: section.word("protocol", &words, UpstreamProtocol::Http1) }
+    let words = [
+        ("http/1.1", UpstreamProtocol::Http1),
+        ("h2", UpstreamProtocol::H2),
+        ("auto", UpstreamProtocol::Auto),
+    ];
+    let protocol = section.word("protocol", &words, UpstreamProtocol::Http1);
+    let name = format!("{}.tls", section.name);
+    let tls = match section.take("tls") {
+        None | Some(Value { kind: Kind::Boolean(false), .. }) => None,
+        Some(Value { kind: Kind::Boolean(true), place }) => {
+            let value = Value { kind: Kind::Table(Vec::new()), place };
+            Some(upstream_tls(section.table(&name, "tls", value)))
+        }
+        Some(value) => Some(upstream_tls(section.table(&name, "tls", value))),
+    };
+    if protocol == UpstreamProtocol::Auto && tls.is_none() {
+        let message = "`protocol = \"auto\"` needs TLS: that is where nodes choose".to_owned();
+        let help = Some("write `tls = true`, or the protocol that nodes speak".to_owned());
+        section.fault(&section.place, message, "in clear text here".into(), help);
+    }
+    Upstream { protocol, tls }
+}
+
+fn upstream_tls(mut section: Section) -> UpstreamTls {
+    let wanted = "the PEM file of who signs nodes' certificates";
+    let ca = section.texts("ca", wanted, |path| Ok(path.into()));
+    let server_name = section.parsed("server_name", "a host's name or IP address", |name| {
+        let valid = ServerName::try_from(name).is_ok();
+        valid.then(|| name.into()).ok_or_else(|| "like \"abaci-app\"".to_owned())
+    });
+    let own = match (section.text("certificate"), section.text("key")) {
+        (Some(certificate), Some(key)) => {
+            Some(Certificate { certificate: certificate.into(), key: key.into() })
+        }
+        (Some(_), None) => {
+            section.missing("key", "the PEM file of the certificate's private key");
+            None
+        }
+        (None, Some(_)) => {
+            section.missing("certificate", "the PEM file of the key's certificate chain");
+            None
+        }
+        (None, None) => None,
+    };
+    let insecure_skip_verify = section.boolean("insecure_skip_verify", false);
+    if insecure_skip_verify && (!ca.is_empty() || server_name.is_some()) {
+        let message = "`insecure_skip_verify` believes everybody: the other keys mean nothing";
+        let help = "remove it, or `ca` and `server_name`".to_owned();
+        section.fault(&section.place, message.into(), "in this table".into(), Some(help));
+    }
+    UpstreamTls { ca, server_name, own, insecure_skip_verify }
+}
+
+/// What nodes' certificates must have is a name that certificates can have.
+fn nodes_have_a_name(cluster: &Cluster, section: &Section) {
+    let verified = cluster.upstream.tls.as_ref().is_some_and(|tls| !tls.insecure_skip_verify);
+    if let Some(name) = cluster.server_name().filter(|_| verified)
+        && ServerName::try_from(name).is_err()
+    {
+        let message = format!("no certificate can be made out to `{name}`");
+        let help = Some("write `server_name` of [cluster.NAME.upstream.tls]".to_owned());
+        section.fault(&section.place, message, "in this cluster".into(), help);
+    }
 }
 
 /// Probes speak HTTP/1.1: one that can't succeed would take every node out.

@@ -47,7 +47,13 @@ pub fn schema() -> Value {
         "max_writes": count, "max_writes_wait": duration,
         "max_requests": count, "max_pending": count, "max_idle": count,
         "send_proxy": words(&["off", "v1", "v2"]),
-        "upstream": table(json!({ "protocol": words(&["http/1.1", "h2"]) })),
+        "upstream": table(json!({
+            "protocol": words(&["http/1.1", "h2", "auto"]),
+            "tls": { "anyOf": [boolean, table(json!({
+                "ca": texts, "server_name": text, "certificate": text, "key": text,
+                "insecure_skip_verify": boolean,
+            }))] },
+        })),
         "timeouts": table(json!({
             "connect": duration, "response_header": duration, "idle": duration,
             "tunnel_idle": duration, "tunnel_close": duration, "pool_idle": duration,

@@ -180,6 +180,10 @@ pub enum FailureKind {
     ConnectRefused,
     /// No connection within `timeouts.connect`.
     ConnectTimeout,
+    /// Whoever answered could not show that it is the node.
+    Certificate,
+    /// No TLS with the node, for another reason.
+    Tls,
     /// No free place on the node within its limits.
     NodeFull,
     /// A kept-alive connection turned out to be closed before any byte of the answer.
@@ -227,6 +231,8 @@ impl FailureKind {
         match self {
             Self::ConnectRefused => "connect_refused",
             Self::ConnectTimeout => "connect_timeout",
+            Self::Certificate => "certificate",
+            Self::Tls => "tls",
             Self::NodeFull => "node_full",
             Self::StaleConnection => "stale_connection",
             Self::Closed => "closed",

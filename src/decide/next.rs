@@ -142,7 +142,10 @@ fn failed(
             if failure.kind == FailureKind::StaleConnection {
                 return Ok(Next::Again);
             }
-            history.expired = Some(Problem::ConnectFailed);
+            history.expired = Some(match problem {
+                Problem::NodeCertificate | Problem::NodeTls => problem,
+                _ => Problem::ConnectFailed,
+            });
             Ok(pause(history))
         }
         // Nobody else may have what the client must be shown: it waits for news of the node, rather
@@ -163,6 +166,8 @@ fn failed(
 fn problem(class: Class, failure: Failure) -> Problem {
     match (failure.kind, failure.written) {
         (FailureKind::NodeFull, _) => Problem::NodeFull,
+        (FailureKind::Certificate, _) => Problem::NodeCertificate,
+        (FailureKind::Tls, _) => Problem::NodeTls,
         (FailureKind::ConnectRefused | FailureKind::ConnectTimeout, _) | (_, false) => {
             Problem::ConnectFailed
         }
@@ -372,11 +377,14 @@ mod tests {
     #[test]
     fn failures() {
         use FailureKind::{
-            BadResponse, Closed, ConnectRefused, ConnectTimeout, ResponseTimeout, StaleConnection,
+            BadResponse, Certificate, Closed, ConnectRefused, ConnectTimeout, ResponseTimeout,
+            StaleConnection, Tls,
         };
         for (case, kind, written, read, write) in [
             ("refused", ConnectRefused, false, Ok(Next::Again), Ok(WAIT)),
             ("connect timed out", ConnectTimeout, false, Ok(Next::Again), Ok(WAIT)),
+            ("not the node", Certificate, false, Ok(Next::Again), Ok(WAIT)),
+            ("no TLS with it", Tls, false, Ok(Next::Again), Ok(WAIT)),
             ("closed before a byte was written", Closed, false, Ok(Next::Again), Ok(WAIT)),
             ("stale, nothing written", StaleConnection, false, Ok(Next::Again), Ok(Next::Again)),
             (
@@ -604,14 +612,16 @@ mod tests {
 
     fn any_failure() -> impl Strategy<Value = Failure> {
         use FailureKind::{
-            BadResponse, Closed, ConnectRefused, ConnectTimeout, NodeFull, ResponseTimeout,
-            StaleConnection,
+            BadResponse, Certificate, Closed, ConnectRefused, ConnectTimeout, NodeFull,
+            ResponseTimeout, StaleConnection, Tls,
         };
         let kinds = vec![
             BadResponse,
             Closed,
             ConnectRefused,
             ConnectTimeout,
+            Certificate,
+            Tls,
             NodeFull,
             ResponseTimeout,
             StaleConnection,

@@ -133,6 +133,12 @@ problems! {
     /// No connection to any node that might have answered.
     ConnectFailed = 502, "UC", "connect_failed", "destination_ip_unroutable", App,
         "App unreachable", "No connection could be made to the app. The request did not run.";
+    /// Whoever answered in a node's place could not show that it is the node.
+    NodeCertificate = 502, "UC", "node_certificate", "tls_certificate_error", App,
+        "App not trusted", "Whoever answers in the app's place could not prove to be the app. The request did not run.";
+    /// No TLS with any node that might have answered.
+    NodeTls = 502, "UC", "node_tls", "tls_protocol_error", App,
+        "App unreachable", "No secure connection could be made to the app. The request did not run.";
     /// The node closed the connection after it got this read, and no retry was left.
     NodeClosed = 502, "UR", "node_closed", "connection_terminated", App,
         "App hung up", "The app closed the connection before it answered.";

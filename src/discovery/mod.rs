@@ -19,7 +19,10 @@ use tokio::{
 use crate::{
     config::cluster::{Cluster, Members, Prefer, RoleSource, SendProxy, StaticNode},
     litefs::client,
-    net::proxy_protocol::{Introduction, Version},
+    net::{
+        proxy_protocol::{Introduction, Version},
+        tls::{Connector, Tls},
+    },
     telemetry::metrics::DiscoveryCells,
     topology::{
         Change, Member, Observation, Presence, PrimaryName, Saw, Source, Topology, eject,
@@ -87,9 +90,11 @@ impl Observer {
 }
 
 /// Starts to observe a cluster, on the runtime that this is called on. `seed` is what an earlier
-/// configuration believed; `hostname` the pod beside us; `cells` where it is counted.
+/// configuration believed; `hostname` the pod beside us; `cells` where it is counted; `tls` how it
+/// is spoken at the port where requests go.
 pub fn start(
     cluster: &Cluster,
+    tls: Option<Arc<Tls>>,
     seed: Option<&Topology>,
     hostname: Option<Arc<str>>,
     cells: Arc<DiscoveryCells>,
@@ -128,6 +133,7 @@ pub fn start(
     let observer = Observer { sender, cells, refresh: Arc::new(signal::Sender::new(())) };
     let folding = Fold {
         cluster: cluster.clone(),
+        tls,
         observer: observer.clone(),
         hostname,
         state,
@@ -170,6 +176,7 @@ pub async fn promote(cluster: &Cluster, member: SocketAddr, limit: Duration) -> 
 /// The one task that believes.
 struct Fold {
     cluster: Cluster,
+    tls: Option<Arc<Tls>>,
     observer: Observer,
     hostname: Option<Arc<str>>,
     state: State,
@@ -355,13 +362,18 @@ impl Fold {
                     }
                     RoleSource::Http { path, port, interval, timeout } => {
                         let asked = port.map_or(address, |port| (address.ip(), port).into());
-                        let (path, every, limit) = (path.clone(), *interval, *timeout);
                         // Another port is not where requests go.
+                        let is_theirs = asked == address;
                         let send = self.cluster.send_proxy;
-                        let opening = if asked == address { opening(send) } else { Vec::new() };
-                        let follow = roles::http::follow;
-                        let observer = observer();
-                        tasks.spawn(follow(address, asked, path, opening, every, limit, observer));
+                        let question = roles::http::Question {
+                            member: address,
+                            asked,
+                            path: path.clone(),
+                            opening: if is_theirs { opening(send) } else { Vec::new() },
+                            tls: self.tls.as_ref().filter(|_| is_theirs).map(Connector::new),
+                        };
+                        let (every, limit, observer) = (*interval, *timeout, observer());
+                        tasks.spawn(roles::http::follow(question, every, limit, observer));
                     }
                     _ => {}
                 }
@@ -372,6 +384,7 @@ impl Fold {
                     address,
                     path.clone(),
                     opening(self.cluster.send_proxy),
+                    self.tls.as_ref().map(Connector::new),
                     health.interval,
                     health.timeout,
                     self.observer.clone(),

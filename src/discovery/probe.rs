@@ -7,6 +7,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::Observer;
 use crate::{
     call,
+    net::tls::Connector,
     topology::{Saw, Source},
 };
 
@@ -18,6 +19,7 @@ pub(super) async fn probe(
     member: SocketAddr,
     path: Box<str>,
     opening: Vec<u8>,
+    tls: Option<Connector>,
     every: Duration,
     limit: Duration,
     observer: Observer,
@@ -27,7 +29,7 @@ pub(super) async fn probe(
     let (mut verdict, mut against) = (true, 0);
     loop {
         ticks.tick().await;
-        let status = call::status(member, &path, &opening, limit).await;
+        let status = call::status(member, &path, &opening, tls.as_ref(), limit).await;
         let healthy = status.is_ok_and(|status| status.is_success());
         against = if healthy == verdict { 0 } else { against + 1 };
         if against >= PROBES {

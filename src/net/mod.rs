@@ -8,6 +8,8 @@ pub mod pem;
 pub mod proxy_protocol;
 #[cfg(test)]
 pub(crate) mod simulated;
+pub mod tls;
+mod tunnel;
 
 use std::{
     io,
@@ -17,13 +19,12 @@ use std::{
     time::Duration,
 };
 
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
 use tokio_rustls::TlsStream;
+pub use tunnel::Tunnel;
 
 /// A connected byte stream.
 #[derive(Debug)]
@@ -33,7 +34,7 @@ pub enum Stream {
     /// A socket below TLS. Boxed: the session is hundreds of bytes, and streams are moved.
     Tls(Box<TlsStream<TcpStream>>),
     /// A stream of an HTTP/2 connection that became a tunnel.
-    Tunnel(Box<TokioIo<Upgraded>>),
+    Tunnel(Box<Tunnel>),
     /// Through a network in memory and in virtual time.
     #[cfg(test)]
     #[allow(private_interfaces, reason = "tests alone have it")]

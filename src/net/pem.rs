@@ -4,9 +4,11 @@ use std::{
     fs::File,
     io::{self, Read as _},
     path::Path,
+    time::Duration,
 };
 
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use x509_cert::{Certificate, der::Decode as _};
 
 /// The largest file that is read: a bundle of all public authorities has a quarter of it.
 const LARGEST: u64 = 1 << 20;
@@ -72,6 +74,57 @@ impl Stamp {
         };
         Self(std::fs::metadata(path).ok().map(stamp))
     }
+}
+
+/// Files that change under us, of which several belong together: a certificate and its key.
+#[derive(Debug)]
+pub struct Watched {
+    /// Of the files that were read last, rightly or wrongly.
+    read: Vec<Stamp>,
+    /// Of files that may still be in the middle of a change.
+    unsettled: Option<Vec<Stamp>>,
+}
+
+impl Watched {
+    /// They were read like this.
+    pub fn new(read: Vec<Stamp>) -> Self {
+        Self { read, unsettled: None }
+    }
+
+    /// Whether they are to be read again: they are others than before, and were the same at the
+    /// look before this one.
+    pub fn have_changed(&mut self, now: Vec<Stamp>) -> bool {
+        if now == self.read {
+            self.unsettled = None;
+        } else if self.unsettled.as_ref() == Some(&now) {
+            self.unsettled = None;
+            self.read = now;
+            return true;
+        } else {
+            self.unsettled = Some(now);
+        }
+        false
+    }
+}
+
+/// What a look at files came to.
+#[derive(Debug)]
+pub enum Look {
+    /// They are as they were, or still changing.
+    Same,
+    /// They are others, and in force.
+    Renewed,
+    /// They are others, and wrong: the former stay in force.
+    Refused(FileError),
+}
+
+/// When a certificate ends, since 1970.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn expiry(path: &Path, certificate: &CertificateDer<'_>) -> Result<Duration, FileError> {
+    let parsed = Certificate::from_der(certificate).map_err(|error| FileError::new(path, error))?;
+    Ok(parsed.tbs_certificate().validity().not_after.to_unix_duration())
 }
 
 /// The cryptography that TLS is made with.

@@ -12,9 +12,12 @@ use super::{
 };
 use crate::{
     decide::{Failure, FailureKind, Problem},
-    net::proxy_protocol::Introduction,
+    net::{
+        proxy_protocol::Introduction,
+        tls::{Offer, refusal},
+    },
     server::Conn,
-    upstream::{self, ConnectError, Connection, H2, Place},
+    upstream::{self, Connection, Opened, Place},
 };
 
 /// How long a client that expects `100 Continue` is kept waiting for a node that says nothing:
@@ -93,8 +96,8 @@ pub(super) struct Try<'a> {
     pub(super) conn: &'a Rc<Conn>,
     /// The request's body, if it has one.
     pub(super) upload: Option<&'a Upload>,
-    /// By HTTP/2.
-    pub(super) h2: bool,
+    /// What may be spoken.
+    pub(super) offer: Offer,
     /// Whom the connection to the node is to speak for.
     pub(super) speaks_for: Option<Introduction>,
     /// The client waits for `100 Continue`.
@@ -135,82 +138,87 @@ pub(super) async fn run(
 ) -> Result<(Response<Incoming>, Box<Connection<RequestBody>>), Trouble> {
     let mut began = this.began;
     loop {
-        let pooled = if this.h2 {
-            node.shared(this.speaks_for)
-        } else {
-            node.take_idle(began, this.speaks_for)
+        let pooled = match this.offer {
+            Offer::Http1 => node.take_idle(began, this.speaks_for),
+            Offer::H2 => node.shared(this.speaks_for),
+            Offer::Either => {
+                node.shared(this.speaks_for).or_else(|| node.take_idle(began, this.speaks_for))
+            }
         };
-        let mut reused = pooled.is_some();
-        let mut connection = if let Some(connection) = pooled {
-            connection
-        } else if this.h2 {
-            let opened = open_h2(node, this.speaks_for, this.connect).await;
-            let (opened, fresh) = opened.map_err(Trouble::Node)?;
-            reused = !fresh;
-            began = Instant::now();
-            opened
+        let (mut connection, reused) = if let Some(connection) = pooled {
+            (connection, true)
         } else {
-            let opened = open(node, this.speaks_for, this.connect).await.map_err(Trouble::Node)?;
+            let (connection, fresh) = open(this, node).await.map_err(Trouble::Node)?;
             began = Instant::now();
-            opened
+            (connection, !fresh)
         };
         match exchange(this, &mut connection, head(), began).await {
             // The node closed a kept-alive connection just then, and nothing of the request has
             // left: not an attempt yet.
             Err(Trouble::Node(Failure { kind: FailureKind::StaleConnection, written: false }))
                 if reused && !connection.was_refused() => {}
-            Err(trouble) => return Err(trouble),
+            Err(trouble) => {
+                if let (Some(tls), Some(alert)) = (&node.tls, connection.wire().turned_away()) {
+                    tls.tls().tell(node.address, Some(&refusal(alert)));
+                }
+                return Err(trouble);
+            }
             Ok(response) => return Ok((response, connection)),
         }
     }
 }
 
+/// A connection, and whether it was made for this exchange: where many may share it, those who come
+/// meanwhile wait for the first.
 async fn open(
+    this: &Try<'_>,
     node: &Node,
-    speaks_for: Option<Introduction>,
-    limit: Duration,
-) -> Result<Box<Connection<RequestBody>>, Failure> {
-    let began = Instant::now();
-    match Connection::open(node.address, speaks_for, limit).await {
-        Ok(mut connection) => {
-            connection.counted(node.load.cells.connected(began.elapsed()));
-            Ok(Box::new(connection))
-        }
-        Err(error) => {
-            tracing::debug!(node = %node.name, address = %node.address, %error, "cannot connect");
-            Err(Failure { kind: error.kind(), written: false })
-        }
-    }
-}
-
-/// An HTTP/2 connection, and whether it was made for this exchange: those who come meanwhile wait
-/// for the first.
-async fn open_h2(
-    node: &Node,
-    speaks_for: Option<Introduction>,
-    limit: Duration,
 ) -> Result<(Box<Connection<RequestBody>>, bool), Failure> {
+    let limit = this.connect;
     let began = Instant::now();
-    let opening = timeout(limit, node.opening.lock()).await;
-    if let Some(connection) = node.shared(speaks_for) {
-        return Ok((connection, false));
-    }
-    let left = limit.saturating_sub(began.elapsed());
-    let opened = match opening {
-        Ok(_) => H2::open(node.address, speaks_for, left).await,
-        Err(_elapsed) => Err(ConnectError::Timeout),
+    let may_share = match this.offer {
+        Offer::Http1 => false,
+        Offer::H2 => true,
+        Offer::Either => node.agreed_h2.get() != Some(false),
     };
-    match opened {
-        Ok(h2) => {
+    let opening = if may_share {
+        let opening = timeout(limit, node.opening.lock())
+            .await
+            .map_err(|_elapsed| Failure { kind: FailureKind::ConnectTimeout, written: false })?;
+        if let Some(connection) = node.shared(this.speaks_for) {
+            return Ok((connection, false));
+        }
+        // The first may have found that there is nothing to share.
+        (this.offer == Offer::H2 || node.agreed_h2.get() != Some(false)).then_some(opening)
+    } else {
+        None
+    };
+    let left = limit.saturating_sub(began.elapsed());
+    let opened =
+        upstream::open(node.address, node.tls.as_ref(), this.offer, this.speaks_for, left).await;
+    if this.offer == Offer::Either
+        && let Ok(opened) = &opened
+    {
+        node.agreed_h2.set(Some(matches!(opened, Opened::H2(_))));
+    }
+    let opened = match opened {
+        Ok(Opened::Http1(mut connection)) => {
+            connection.counted(node.load.cells.connected(began.elapsed()));
+            Ok((connection, true))
+        }
+        Ok(Opened::H2(h2)) => {
             h2.counted(node.load.cells.connected(began.elapsed()));
             node.share(&h2, Instant::now());
-            Ok((Box::new(Connection::over(&h2, speaks_for, true)), true))
+            Ok((Box::new(Connection::sharing(&h2, this.speaks_for, true)), true))
         }
         Err(error) => {
             tracing::debug!(node = %node.name, address = %node.address, %error, "cannot connect");
             Err(Failure { kind: error.kind(), written: false })
         }
-    }
+    };
+    // Who waited finds it shared.
+    drop(opening);
+    opened
 }
 
 async fn exchange(

@@ -18,11 +18,10 @@ use std::{
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::{
-    server::{Conn, READ_BUFFER},
+    server::{BodyError, Conn, Incoming, READ_BUFFER},
     upstream::Wire,
 };
 
@@ -271,7 +270,7 @@ impl Shared {
         }
     }
 
-    fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let state = &mut *self.state.borrow_mut();
         if let Some(kept) = state.kept.get(state.sent) {
             let data = kept.clone();
@@ -360,12 +359,12 @@ impl RequestBody {
 
 impl Body for RequestBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BodyError;
 
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Some(reader) = &self.0 else { return Poll::Ready(None) };
         // The node takes no more, but may be answering: leave the rest with the client.
         let closed = reader.expects_continue && !reader.wire.continued();

@@ -26,6 +26,7 @@ use crate::{
         token::{Key, Token, TokenRead, Void},
     },
     discovery::Observer,
+    net::tls::Tls,
     telemetry::metrics::{Consistency, NodeCells, Shard},
     topology::{
         self, Epoch, NodeId, Presence, Role, Topology,
@@ -79,6 +80,8 @@ pub struct Shared {
     pub hold: Arc<Hold>,
     /// What was written last where.
     pub last_writes: Arc<LastWrites>,
+    /// How TLS is spoken with its nodes. `None`: it is not.
+    pub tls: Option<Arc<Tls>>,
 }
 
 /// One cluster as one worker serves it.
@@ -145,7 +148,7 @@ impl Cluster {
             lane: shared.hold.lane(),
             hold: shared.hold,
             last_writes: shared.last_writes,
-            upstreams: Upstreams::new(limits),
+            upstreams: Upstreams::new(limits, shared.tls),
             turn: Cell::new(0),
             shard,
             key: RefCell::default(),

@@ -410,11 +410,6 @@ pub fn switched_h2(head: &mut HeaderMap) {
     head.remove(header::CONTENT_LENGTH);
 }
 
-/// Whether a request waits for `100 Continue`.
-pub fn expects_continue(head: &HeaderMap) -> bool {
-    head.get(header::EXPECT).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"100-continue"))
-}
-
 /// Edits a node's response head for the client. `switching` keeps what a 101 needs; `pass` keeps
 /// `fly-replay*` for a Fly edge in front of litegate.
 pub fn downstream(head: &mut HeaderMap, switching: bool, pass: bool, via: &HeaderValue) {

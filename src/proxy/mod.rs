@@ -6,12 +6,13 @@
 
 use std::{rc::Rc, sync::Arc, time::Duration};
 
+use h2::ext::Protocol;
 use http::{
     HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
     uri::{Authority, PathAndQuery},
 };
 use http_body::Body as _;
-use hyper::{body::Incoming, ext::Protocol};
+use hyper::body::Incoming;
 use smallvec::SmallVec;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -43,8 +44,11 @@ use crate::{
         route::Head,
         token::TokenRead,
     },
-    net::proxy_protocol::{self, Ends, Introduction},
-    server::{ClientCertificate, Conn, Door, Handshake, Origin, ProxyProtocol, tls::Tls},
+    net::{
+        proxy_protocol::{self, Ends, Introduction},
+        tls::Offer,
+    },
+    server::{self, ClientCertificate, Conn, Door, Handshake, Origin, ProxyProtocol, tls::Tls},
     telemetry::{
         access_log::{Line, Sink, Tried},
         metrics::{
@@ -212,7 +216,7 @@ impl Proxy {
         &self,
         client: &Client,
         conn: &Rc<Conn>,
-        request: Request<Incoming>,
+        request: Request<server::Incoming>,
     ) -> Response<ResponseBody> {
         let began = self.shard.request_began(conn.origin.listener);
         let (mut parts, body) = request.into_parts();
@@ -296,7 +300,11 @@ impl Proxy {
     }
 
     /// The walk of one request, from its head to an answer.
-    async fn answer<'p>(&'p self, walk: &mut Walk<'p>, body: Incoming) -> Result<Answer, Problem> {
+    async fn answer<'p>(
+        &'p self,
+        walk: &mut Walk<'p>,
+        body: server::Incoming,
+    ) -> Result<Answer, Problem> {
         self.inspect(walk)?;
         let host = walk.host.as_ref().and_then(|host| host.to_str().ok());
         let head = Head {
@@ -695,7 +703,7 @@ impl Proxy {
         let wait = place.wait(&mut topology, deadline, not_before, ready, expired);
         match &walk.upload {
             // What the client has yet to send after `100 Continue`, the node has to ask for.
-            Some(upload) if !headers::expects_continue(&walk.headers) => tokio::select! {
+            Some(upload) if !server::expects_continue(&walk.headers) => tokio::select! {
                 result = wait => result?,
                 never = std::future::poll_fn(|cx| upload.poll_ahead(cx)) => match never {},
             },
@@ -840,8 +848,9 @@ impl Proxy {
             None => None,
         };
         let timeouts = &cluster.config.timeouts;
+        // RFC 9110 section 10.1.1: HTTP/1.0 does not know it.
         let expects_continue =
-            walk.version == Version::HTTP_11 && headers::expects_continue(&walk.headers);
+            walk.version != Version::HTTP_10 && server::expects_continue(&walk.headers);
         let is_lost = |now: Instant| match (request.class, role) {
             (Class::Write, Role::Primary) => !cluster.is_primary(node.id),
             (Class::Write, _) => false,
@@ -850,11 +859,15 @@ impl Proxy {
         let this = Try {
             conn: walk.conn,
             upload: walk.upload.as_ref(),
-            // An upgrade is HTTP/1.1's.
-            h2: cluster.config.upstream.protocol == UpstreamProtocol::H2 && !walk.upgrade,
+            offer: match cluster.config.upstream.protocol {
+                UpstreamProtocol::H2 if !walk.upgrade => Offer::H2,
+                UpstreamProtocol::Auto if !walk.upgrade => Offer::Either,
+                // An upgrade is HTTP/1.1's.
+                _ => Offer::Http1,
+            },
             speaks_for: walk.client.introduction(cluster.config.send_proxy),
             expects_continue,
-            interim: walk.version == Version::HTTP_11,
+            interim: walk.version != Version::HTTP_10,
             began,
             connect: walk.reach_by.map_or(timeouts.connect, |by| {
                 timeouts.connect.min(by.saturating_duration_since(began))
@@ -1118,7 +1131,13 @@ struct Answer {
 /// Tells discovery of a failed attempt.
 fn report(cluster: &Cluster, node: &Node, failure: Failure) {
     node.load.cells.attempt(Err(failure.kind), Duration::ZERO);
-    let connect = matches!(failure.kind, FailureKind::ConnectRefused | FailureKind::ConnectTimeout);
+    let connect = matches!(
+        failure.kind,
+        FailureKind::ConnectRefused
+            | FailureKind::ConnectTimeout
+            | FailureKind::Certificate
+            | FailureKind::Tls
+    );
     if failure.kind != FailureKind::NodeFull && failure.kind != FailureKind::StaleConnection {
         cluster.observer.observe(Saw::Failed { node: node.id, connect }, Source::Traffic);
     }

@@ -17,7 +17,7 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     sync::Arc,
-    task::Poll,
+    task::{Poll, Waker},
     time::Duration,
 };
 
@@ -88,6 +88,7 @@ pub struct Conn {
     sent: Cell<u64>,
     interim: RefCell<Vec<Bytes>>,
     has_interim: Cell<bool>,
+    interim_waker: RefCell<Option<Waker>>,
     takeover: RefCell<Option<Takeover>>,
     reset: Cell<bool>,
     /// The first bytes are those of HTTP/2.
@@ -133,6 +134,7 @@ impl Conn {
             sent: Cell::new(0),
             interim: RefCell::default(),
             has_interim: Cell::new(false),
+            interim_waker: RefCell::default(),
             takeover: RefCell::default(),
             reset: Cell::new(false),
             is_h2: Cell::new(false),
@@ -207,6 +209,17 @@ impl Conn {
         if interim.len() < INTERIM_WAITING {
             interim.push(head);
             self.has_interim.set(true);
+            if let Some(waker) = self.interim_waker.take() {
+                waker.wake();
+            }
+        }
+    }
+
+    /// Has whoever sends them woken by the next.
+    pub(super) fn wake_for_interim(&self, waker: &Waker) {
+        let mut known = self.interim_waker.borrow_mut();
+        if !known.as_ref().is_some_and(|known| known.will_wake(waker)) {
+            *known = Some(waker.clone());
         }
     }
 
@@ -528,6 +541,7 @@ async fn active<S: Service + 'static>(
     let answer = service_fn(|request: http::Request<hyper::body::Incoming>| {
         let (service, conn, client) = (Rc::clone(service), Rc::clone(&conn), Rc::clone(client));
         conn.request_arrived(!http_body::Body::is_end_stream(request.body()));
+        let request = request.map(super::Incoming::from);
         async move { Ok::<_, std::convert::Infallible>(service.call(&client, &conn, request).await) }
     });
     let mut builder = http1::Builder::new();

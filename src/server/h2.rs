@@ -1,13 +1,11 @@
 //! One client connection that speaks HTTP/2.
 //!
-//! hyper and h2 do the framing. Each stream has a [`Conn`] of its own, whose deadlines are kept by
+//! h2 does the framing. Each stream has a [`Conn`] of its own, whose deadlines are kept by
 //! a timer around the stream's task; another `Conn`, the *link*, notes what happens on the socket
 //! they share. [`Frames`] watches what the client sends for floods.
 
 use std::{
     cell::{Cell, RefCell},
-    convert::Infallible,
-    error::Error as _,
     future::{Future, poll_fn},
     io,
     pin::{Pin, pin},
@@ -17,10 +15,9 @@ use std::{
 };
 
 use bytes::Bytes;
+use h2::{RecvStream, server::SendResponse};
 use http::Method;
 use http_body::{Body, Frame, SizeHint};
-use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::service_fn};
-use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     task::JoinSet,
@@ -28,13 +25,14 @@ use tokio::{
 };
 
 use super::{
-    Abort, ClientFault, Limits, Origin, Refusal, Service,
+    Abort, ClientFault, Incoming, Limits, Origin, Refusal, Service,
     conn::{Conn, Look, TICK, linger},
     drain,
     frames::Frames,
     io::ClientIo,
+    streams::{Streams, answered, pipe, send_head},
 };
-use crate::net::Stream;
+use crate::net::{Stream, Tunnel};
 
 /// How long a client may take to hang up when it has been told to and nothing is under way.
 const GOING: Duration = Duration::from_secs(2);
@@ -51,8 +49,6 @@ struct Shared {
     open: Cell<usize>,
     /// When the last one ended.
     idle_since: Cell<Instant>,
-    /// A request that hyper is about to spawn the task of.
-    latest: RefCell<Option<Rc<Conn>>>,
     /// Aborted with the connection.
     tasks: RefCell<JoinSet<()>>,
     limits: Limits,
@@ -80,21 +76,6 @@ impl Drop for Open {
     fn drop(&mut self) {
         self.0.open.set(self.0.open.get() - 1);
         self.0.idle_since.set(Instant::now());
-    }
-}
-
-/// Spawns the tasks of streams on the worker's own thread.
-#[derive(Clone)]
-struct Spawner(Rc<Shared>);
-
-impl<F: Future<Output = ()> + 'static> Executor<F> for Spawner {
-    fn execute(&self, task: F) {
-        // hyper calls the service and spawns what comes of it in one breath; whatever else it
-        // spawns carries bytes of a tunnel, whose owner keeps its time.
-        match self.0.latest.take() {
-            Some(conn) => self.0.spawn(watched(task, conn, Open::new(&self.0))),
-            None => self.0.spawn(task),
-        }
     }
 }
 
@@ -132,8 +113,8 @@ async fn watched(task: impl Future<Output = ()>, conn: Rc<Conn>, open: Open) {
     .await;
 }
 
-/// A response body that notes when the client keeps it waiting: hyper asks for a frame once it has
-/// got rid of the one before.
+/// A response body that notes when the client keeps it waiting: the next frame is asked for once the
+/// one before is on its way.
 struct StreamBody<B> {
     inner: B,
     conn: Rc<Conn>,
@@ -174,7 +155,7 @@ where
 
 /// Why a connection stopped.
 enum Stop {
-    Ended(hyper::Result<()>),
+    Ended(Result<(), h2::Error>),
     Flood,
     Stalled,
     Gone,
@@ -197,51 +178,69 @@ pub(super) async fn serve<S: Service + 'static>(
     let shared = Rc::new(Shared {
         open: Cell::new(0),
         idle_since: Cell::new(began),
-        latest: RefCell::default(),
         tasks: RefCell::default(),
         limits,
     });
-    let answer = service_fn(|mut request: http::Request<Incoming>| {
+    let answer = |request: http::Request<RecvStream>, mut reply: SendResponse<Bytes>| {
         let conn = Rc::new(Conn::new(origin, drain.clone()));
         conn.request_arrived(!request.body().is_end_stream());
-        *shared.latest.borrow_mut() = Some(Rc::clone(&conn));
-        let tunnel =
-            (request.method() == Method::CONNECT).then(|| hyper::upgrade::on(&mut request));
-        let (service, client, shared) = (Rc::clone(service), Rc::clone(client), Rc::clone(&shared));
-        async move {
-            let response = service.call(&client, &conn, request).await;
-            if let (Some(tunnel), Some(takeover)) = (tunnel, conn.take_takeover()) {
-                let open = Open::new(&shared);
-                shared.spawn(async move {
+        let (service, client) = (Rc::clone(service), Rc::clone(client));
+        let (open, owner) = (Open::new(&shared), Rc::clone(&shared));
+        let stream = Rc::clone(&conn);
+        let task = async move {
+            let (parts, body) = request.into_parts();
+            // What a CONNECT brings after its head is the tunnel's.
+            let (body, tunnel) = if parts.method == Method::CONNECT {
+                (Incoming::empty(), Some(body))
+            } else {
+                let expects = super::expects_continue(&parts.headers).then(|| Rc::clone(&conn));
+                (Incoming::h2(body, &parts.headers, expects), None)
+            };
+            let answer = service.call(&client, &conn, http::Request::from_parts(parts, body));
+            let Some(response) = answered(&mut reply, &conn, answer).await else { return };
+            let (head, body) = response.into_parts();
+            let head = http::Response::from_parts(head, ());
+            if let (Some(from_client), Some(takeover)) = (tunnel, conn.take_takeover()) {
+                let Some(to_client) = send_head(&mut reply, head, None, false) else { return };
+                drop(body);
+                let stream = Stream::Tunnel(Box::new(Tunnel::new(to_client, from_client)));
+                // A tunnel has limits of its own.
+                let open = Open::new(&owner);
+                owner.spawn(async move {
                     let _open = open;
-                    if let Ok(stream) = tunnel.await {
-                        let stream = Stream::Tunnel(Box::new(TokioIo::new(stream)));
-                        takeover(stream, Bytes::new()).await;
-                    }
+                    takeover(stream, Bytes::new()).await;
                 });
+                return;
             }
-            Ok::<_, Infallible>(response.map(|inner| StreamBody { inner, conn }))
-        }
-    });
+            let ends = body.is_end_stream();
+            let length = body.size_hint().exact().filter(|_| !ends);
+            if let Some(to_client) = send_head(&mut reply, head, length, ends)
+                && !ends
+            {
+                pipe(StreamBody { inner: body, conn }, to_client).await;
+            }
+        };
+        shared.spawn(watched(task, stream, open));
+    };
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     let io = Rc::new(RefCell::new(io));
-    let mut http = Box::pin(
-        http2::Builder::new(Spawner(Rc::clone(&shared)))
+    let mut http = Box::new(Streams::new(
+        h2::server::Builder::new()
             .max_concurrent_streams(number(limits.streams))
             .max_header_list_size(number(limits.header_bytes))
-            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(connection_window(limits.streams))
-            .max_send_buf_size(SEND_BUFFER)
+            .max_send_buffer_size(SEND_BUFFER)
             .enable_connect_protocol()
-            .serve_connection(TokioIo::new(Lent(Rc::clone(&io))), answer),
-    );
+            .handshake(Lent(Rc::clone(&io))),
+    ));
     let mut timer = pin!(sleep_until(began + TICK));
     let mut drained = pin!(drain.started());
     // Since when the client has been told to go.
     let mut going = None;
     let stop = poll_fn(|cx| {
         loop {
-            if let Poll::Ready(result) = http.as_mut().poll(cx) {
+            if let Poll::Ready(result) = http.poll(cx, &answer) {
                 return Poll::Ready(Stop::Ended(result));
             }
             if frames.is_flood(link.sent()) {
@@ -249,7 +248,7 @@ pub(super) async fn serve<S: Service + 'static>(
             }
             if going.is_none() && drained.as_mut().poll(cx).is_ready() {
                 going = Some(Instant::now());
-                http.as_mut().graceful_shutdown();
+                http.graceful_shutdown();
                 continue;
             }
             if timer.as_mut().poll(cx).is_pending() {
@@ -274,7 +273,7 @@ pub(super) async fn serve<S: Service + 'static>(
                 }
                 None if idle >= limits.idle => {
                     going = Some(now);
-                    http.as_mut().graceful_shutdown();
+                    http.graceful_shutdown();
                 }
                 None => {}
             }
@@ -356,12 +355,11 @@ fn connection_window(streams: usize) -> u32 {
 }
 
 /// What the client did wrong, where we ended the connection for it.
-fn fault(error: &hyper::Error) -> Option<ClientFault> {
-    let cause = error.source()?.downcast_ref::<h2::Error>()?;
-    if !cause.is_library() {
+fn fault(error: &h2::Error) -> Option<ClientFault> {
+    if !error.is_library() {
         return None;
     }
-    match cause.reason()? {
+    match error.reason()? {
         h2::Reason::NO_ERROR => None,
         h2::Reason::ENHANCE_YOUR_CALM => Some(ClientFault::Flood),
         _ => Some(ClientFault::Malformed),

@@ -8,10 +8,10 @@
 use std::{future::Future, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{Request, Response};
-use hyper::body::Incoming;
+use http::{HeaderMap, Request, Response, header};
 
 mod accept;
+mod body;
 mod conn;
 pub mod drain;
 mod frames;
@@ -19,10 +19,12 @@ mod greet;
 mod h2;
 mod io;
 pub mod listener;
+mod streams;
 pub mod tls;
 
 pub use crate::net::proxy_protocol::ProxyProtocol;
 pub use accept::{Accepting, serve};
+pub use body::{BodyError, Incoming};
 #[cfg(test)]
 pub(crate) use conn::run;
 pub use conn::{Abort, Conn, READ_BUFFER, Takeover};
@@ -58,6 +60,11 @@ pub trait Service {
     /// request to answer. For logs and counters; returns the whole answer as it goes over the
     /// wire, or nothing.
     fn refused(&self, client: &Self::Client, refusal: &Refusal<'_>) -> Bytes;
+}
+
+/// RFC 9110 section 10.1.1: whether the client waits to hear that its body is wanted.
+pub fn expects_continue(head: &HeaderMap) -> bool {
+    head.get(header::EXPECT).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
 /// What is expected of whoever connects.

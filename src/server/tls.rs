@@ -33,7 +33,7 @@ use x509_cert::{
 
 use crate::net::{
     Stream,
-    pem::{self, FileError, Stamp},
+    pem::{self, FileError, Look, Stamp, Watched},
 };
 
 /// The largest client certificate that is passed on whole.
@@ -66,14 +66,10 @@ pub enum Need {
 pub struct Tls {
     files: Files,
     current: ArcSwap<ServerConfig>,
-    state: Mutex<State>,
+    state: Mutex<(Watched, State)>,
 }
 
 struct State {
-    /// Of the files that are in force, or were refused last.
-    stamps: Vec<Stamp>,
-    /// Of files that may still be in the middle of a change.
-    unsettled: Option<Vec<Stamp>>,
     clients: Vec<CertificateDer<'static>>,
     expiries: Vec<(PathBuf, Duration)>,
 }
@@ -84,26 +80,16 @@ impl std::fmt::Debug for Tls {
     }
 }
 
-/// What a look at the files came to.
-#[derive(Debug)]
-pub enum Look {
-    /// They are as they were, or still changing.
-    Same,
-    /// They are others, and in force.
-    Renewed,
-    /// They are others, and wrong: the former stay in force.
-    Refused(FileError),
-}
-
 impl Tls {
     /// Reads the files.
     ///
     /// # Errors
     /// What is wrong with one of them.
     pub fn load(files: Files) -> Result<Self, FileError> {
-        let stamps = files.stamps();
-        let (config, state) = files.build(stamps, None)?;
-        Ok(Self { files, current: ArcSwap::new(config), state: Mutex::new(state) })
+        let watched = Watched::new(files.stamps());
+        let (config, state) = files.build(None)?;
+        let state = Mutex::new((watched, state));
+        Ok(Self { files, current: ArcSwap::new(config), state })
     }
 
     /// What it is made of.
@@ -113,35 +99,25 @@ impl Tls {
 
     /// When each certificate ends, since 1970.
     pub fn expiries(&self) -> Vec<(PathBuf, Duration)> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).expiries.clone()
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).1.expiries.clone()
     }
 
     /// Reads the files again if they are others than before, and were the same at the look before
     /// this one: a certificate and its key are two files.
     pub fn look(&self) -> Look {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let stamps = self.files.stamps();
-        if stamps == state.stamps {
-            state.unsettled = None;
+        let (watched, state) = &mut *state;
+        if !watched.have_changed(self.files.stamps()) {
             return Look::Same;
         }
-        if state.unsettled.as_ref() != Some(&stamps) {
-            state.unsettled = Some(stamps);
-            return Look::Same;
-        }
-        state.unsettled = None;
         let before = (Arc::clone(&self.current.load().ticketer), &state.clients);
-        match self.files.build(stamps.clone(), Some(before)) {
+        match self.files.build(Some(before)) {
             Ok((config, next)) => {
                 *state = next;
                 self.current.store(config);
                 Look::Renewed
             }
-            Err(error) => {
-                // Not again before they change once more.
-                state.stamps = stamps;
-                Look::Refused(error)
-            }
+            Err(error) => Look::Refused(error),
         }
     }
 
@@ -205,11 +181,7 @@ impl Files {
         pairs.chain(self.clients.iter().map(|(ca, _)| ca)).map(|path| Stamp::of(path)).collect()
     }
 
-    fn build(
-        &self,
-        stamps: Vec<Stamp>,
-        before: Option<Before<'_>>,
-    ) -> Result<(Arc<ServerConfig>, State), FileError> {
+    fn build(&self, before: Option<Before<'_>>) -> Result<(Arc<ServerConfig>, State), FileError> {
         let provider = pem::provider();
         let first = self.certificates.first().map(|(certificate, _)| certificate.as_path());
         let first = first.unwrap_or(Path::new(""));
@@ -250,8 +222,7 @@ impl Files {
             Some((ticketer, before)) if *before == clients => ticketer,
             _ => rustls::crypto::ring::Ticketer::new().map_err(wrong)?,
         };
-        let state = State { stamps, unsettled: None, clients, expiries };
-        Ok((Arc::new(config), state))
+        Ok((Arc::new(config), State { clients, expiries }))
     }
 }
 

@@ -13,7 +13,6 @@ use std::{
 
 use bytes::Bytes;
 use http::{Request, Response};
-use hyper::body::Incoming;
 use tokio::{sync::Semaphore, task::JoinSet, time::interval};
 
 use super::{
@@ -26,7 +25,8 @@ use crate::{
     net::Stream,
     proxy::{Client, Hold, Parts, Proxy, ResponseBody, Shared},
     server::{
-        self, ClientCertificate, Conn, Door, Handshake, Limits, Origin, ProxyProtocol, Refusal,
+        self, ClientCertificate, Conn, Door, Handshake, Incoming, Limits, Origin, ProxyProtocol,
+        Refusal,
     },
     telemetry::metrics::Metrics,
     topology::{Change, Member, Saw, Source, Topology, watch},
@@ -112,8 +112,14 @@ impl Litegate {
                 changes.lock().unwrap_or_else(PoisonError::into_inner).push(change.clone());
             }
         };
-        let discovery =
-            discovery::start(cluster, None, None, metrics.discovery(&cluster.name), on_change);
+        let discovery = discovery::start(
+            cluster,
+            None,
+            None,
+            None,
+            metrics.discovery(&cluster.name),
+            on_change,
+        );
         let mut tasks = JoinSet::new();
         let reader = match mutation {
             Some(mutation) if mutation.is_of_topology() => {
@@ -130,6 +136,7 @@ impl Litegate {
             observer: discovery.observer.clone(),
             hold: Arc::clone(&hold),
             last_writes: Arc::default(),
+            tls: None,
         };
         let listeners: Vec<Arc<str>> =
             config.listeners.iter().map(|l| l.address.to_string().into()).collect();

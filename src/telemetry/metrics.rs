@@ -45,9 +45,11 @@ const ALL_CODES: usize = CODES.len() + MORE_CODES.len();
 const BUCKETS: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const CLASSES: [&str; 3] = ["read", "write", "none"];
-const FAILURE_KINDS: [FailureKind; 8] = [
+const FAILURE_KINDS: [FailureKind; 10] = [
     FailureKind::ConnectRefused,
     FailureKind::ConnectTimeout,
+    FailureKind::Certificate,
+    FailureKind::Tls,
     FailureKind::NodeFull,
     FailureKind::StaleConnection,
     FailureKind::Closed,
@@ -97,6 +99,10 @@ families! {
         "Changed certificate files: in force (`applied`), or wrong (`refused`), so that the former stay.";
     CERTIFICATES = gauge "litegate_certificate_expiry_timestamp_seconds" ["listener", "certificate"]
         "When each certificate in force ends.";
+    NODE_RENEWALS = counter "litegate_upstream_certificate_reloads_total" ["cluster", "outcome"]
+        "Changed files of TLS to nodes: in force (`applied`), or wrong (`refused`), so that the former stay.";
+    NODE_CERTIFICATES = gauge "litegate_upstream_certificate_expiry_timestamp_seconds" ["cluster", "certificate"]
+        "When the certificate that nodes are shown ends.";
     TUNNELS = gauge "litegate_tunnels" []
         "Upgraded connections, WebSockets among them.";
     TUNNELS_CLOSED = counter "litegate_tunnels_closed_total" ["reason"]
@@ -743,6 +749,9 @@ fn code_name(place: usize) -> String {
     }
 }
 
+/// A cluster with whose nodes TLS is spoken, and which certificate they are shown until when.
+pub type Shown = (Arc<str>, Option<(String, Duration)>);
+
 /// Everything counted in this process.
 #[derive(Debug)]
 pub struct Metrics {
@@ -754,6 +763,8 @@ pub struct Metrics {
     /// By listener: applied, refused.
     renewals: Mutex<BTreeMap<Arc<str>, [u64; 2]>>,
     certificates: Mutex<Vec<(Arc<str>, String, Duration)>>,
+    node_renewals: Mutex<BTreeMap<Arc<str>, [u64; 2]>>,
+    node_certificates: Mutex<Vec<Shown>>,
     reloads: [AtomicU64; 2],
     last_reload: AtomicU64,
     last_reload_failed: AtomicU64,
@@ -808,6 +819,8 @@ impl Metrics {
             standings: Mutex::default(),
             renewals: Mutex::default(),
             certificates: Mutex::default(),
+            node_renewals: Mutex::default(),
+            node_certificates: Mutex::default(),
             reloads: [AtomicU64::new(0), AtomicU64::new(0)],
             last_reload: AtomicU64::new(unix_now().to_bits()),
             last_reload_failed: AtomicU64::new(0),
@@ -931,6 +944,23 @@ impl Metrics {
         *self.certificates.lock().unwrap_or_else(PoisonError::into_inner) = all;
     }
 
+    /// The files of TLS to a cluster's nodes were found changed.
+    pub fn renewed_to_nodes(&self, cluster: &str, applied: bool) {
+        let mut all = self.node_renewals.lock().unwrap_or_else(PoisonError::into_inner);
+        let [ok, refused] = all.entry(cluster.into()).or_default();
+        *(if applied { ok } else { refused }) += 1;
+    }
+
+    /// The clusters with whose nodes TLS is spoken, and which certificate they are shown until when.
+    pub fn certificates_to_nodes(&self, all: Vec<Shown>) {
+        let mut renewals = self.node_renewals.lock().unwrap_or_else(PoisonError::into_inner);
+        for (cluster, _) in &all {
+            renewals.entry(Arc::clone(cluster)).or_default();
+        }
+        drop(renewals);
+        *self.node_certificates.lock().unwrap_or_else(PoisonError::into_inner) = all;
+    }
+
     /// The text that Prometheus scrapes.
     pub fn render(&self, clusters: &mut [Seen]) -> String {
         let mut page = Page::default();
@@ -1021,6 +1051,22 @@ impl Metrics {
         let all = self.certificates.lock().unwrap_or_else(PoisonError::into_inner);
         for (listener, file, until) in all.iter() {
             page.line(CERTIFICATES, &[listener, file], until.as_secs());
+        }
+        drop(all);
+        page.family(NODE_RENEWALS);
+        let renewals = self.node_renewals.lock().unwrap_or_else(PoisonError::into_inner);
+        for (cluster, counts) in renewals.iter() {
+            for (n, outcome) in counts.iter().zip(["applied", "refused"]) {
+                page.line(NODE_RENEWALS, &[cluster, outcome], n);
+            }
+        }
+        drop(renewals);
+        page.family(NODE_CERTIFICATES);
+        let all = self.node_certificates.lock().unwrap_or_else(PoisonError::into_inner);
+        for (cluster, certificate) in all.iter() {
+            if let Some((file, until)) = certificate {
+                page.line(NODE_CERTIFICATES, &[cluster, file], until.as_secs());
+            }
         }
         drop(all);
         page.one(RELOAD_SUCCESSFUL, 1 - self.last_reload_failed.load(Relaxed));
@@ -1454,6 +1500,8 @@ mod tests {
         );
         metrics.discovery(&cluster);
         metrics.certificates(vec![(Arc::clone(&listener), "tls.crt".into(), Duration::ZERO)]);
+        let shown = Some(("own.crt".into(), Duration::ZERO));
+        metrics.certificates_to_nodes(vec![(Arc::clone(&listener), shown)]);
         metrics.ask([(Arc::clone(&cluster), Standing::default)]);
         let node = Node {
             role: Role::Primary,

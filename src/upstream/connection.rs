@@ -9,7 +9,6 @@ use std::{
     cell::Cell,
     future::{Future, poll_fn},
     io,
-    net::SocketAddr,
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, Waker},
@@ -23,9 +22,10 @@ use hyper::{
     client::conn::http1,
 };
 use hyper_util::rt::TokioIo;
+use rustls::AlertDescription;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
-    time::{Instant, timeout},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Instant,
 };
 
 use super::{
@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     decide::{Failure, FailureKind},
-    net::{Stream, proxy_protocol::Introduction},
+    net::{Stream, proxy_protocol::Introduction, tls::turned_away},
     server::write_vectored,
     telemetry::metrics::Opened,
 };
@@ -79,10 +79,19 @@ pub struct Wire {
     broken: Cell<bool>,
     /// Any byte of the current answer came.
     answered: Cell<bool>,
+    /// Any byte of any answer came.
+    heard: Cell<bool>,
+    /// What the node said instead of answering, when it looked at our certificate.
+    turned_away: Cell<Option<AlertDescription>>,
     interim: interim::Sniffer,
 }
 
 impl Wire {
+    /// Whether the node would not have our certificate, or none, and so has seen no request.
+    pub fn turned_away(&self) -> Option<AlertDescription> {
+        self.turned_away.get()
+    }
+
     /// Whether the node has stopped taking the request. Its answer may still come.
     pub fn is_broken(&self) -> bool {
         self.broken.get()
@@ -110,27 +119,6 @@ impl Wire {
     }
 }
 
-/// Why there is no connection.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// Refused, unreachable, or out of our own resources.
-    #[error("{0}")]
-    Io(io::Error),
-    /// Nobody answered in time.
-    #[error("timed out")]
-    Timeout,
-}
-
-impl ConnectError {
-    /// The word for it in decisions, logs and metrics.
-    pub fn kind(&self) -> FailureKind {
-        match self {
-            Self::Io(_) => FailureKind::ConnectRefused,
-            Self::Timeout => FailureKind::ConnectTimeout,
-        }
-    }
-}
-
 /// The most that is read from a node at once, and the largest response head.
 const READ_BUFFER: usize = 256 << 10;
 
@@ -139,31 +127,18 @@ where
     B: Body<Data = Bytes> + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    /// Connects, within `limit`, and says first whom it speaks for.
-    pub async fn open(
-        address: SocketAddr,
-        speaks_for: Option<Introduction>,
-        limit: Duration,
-    ) -> Result<Self, ConnectError> {
-        let connect = async {
-            let mut stream = Stream::connect(address).await?;
-            let _ = stream.set_nodelay(true);
-            if let Some(introduction) = speaks_for {
-                stream.write_all(&introduction.header()).await?;
-            }
-            Ok(stream)
-        };
-        let stream = timeout(limit, connect)
-            .await
-            .map_err(|_elapsed| ConnectError::Timeout)?
-            .map_err(ConnectError::Io)?;
+    /// Speaks HTTP/1.1 on a stream to a node, which knows whom it `speaks_for`.
+    ///
+    /// # Errors
+    /// None that is known: nothing is sent yet.
+    pub async fn over(stream: Stream, speaks_for: Option<Introduction>) -> io::Result<Self> {
         let wire = Rc::new(Wire::default());
-        let io = TokioIo::new(NodeIo { stream, wire: Rc::clone(&wire) });
+        let io = NodeIo { stream, wire: Rc::clone(&wire) };
         let (sender, driver) = http1::Builder::new()
             .max_buf_size(READ_BUFFER)
-            .handshake(io)
+            .handshake(TokioIo::new(io))
             .await
-            .map_err(|error| ConnectError::Io(io::Error::other(error)))?;
+            .map_err(io::Error::other)?;
         Ok(Self {
             speaks: Speaks::Http1 { sender, driver, ended: false },
             wire,
@@ -176,7 +151,7 @@ where
     }
 
     /// For one exchange over a connection that others use too. `fresh`: it was just made.
-    pub fn over(h2: &Rc<H2<B>>, speaks_for: Option<Introduction>, fresh: bool) -> Self {
+    pub fn sharing(h2: &Rc<H2<B>>, speaks_for: Option<Introduction>, fresh: bool) -> Self {
         Self {
             speaks: Speaks::H2(Handle::of(h2)),
             wire: Rc::default(),
@@ -279,6 +254,9 @@ where
         let kind = match result {
             Ok(Ok(response)) => return Ok(response),
             Err(()) => FailureKind::ResponseTimeout,
+            Ok(Err(_)) if self.wire.turned_away().is_some() => {
+                return Err(Failure { kind: FailureKind::Tls, written: false });
+            }
             Ok(Err(error)) if error.is_parse() || error.is_parse_too_large() => {
                 FailureKind::BadResponse
             }
@@ -312,6 +290,10 @@ where
         let (kind, written) = match result {
             Some(Ok(response)) => return Ok(response),
             None => (FailureKind::ResponseTimeout, true),
+            Some(Err(_)) if handle.wire().turned_away().is_some() => {
+                self.wire.turned_away.set(handle.wire().turned_away());
+                (FailureKind::Tls, false)
+            }
             // It comes back where nothing of it was sent: the connection had ended.
             Some(Err(error)) if error.message().is_some() => (FailureKind::StaleConnection, false),
             Some(Err(error)) if h2::is_unprocessed(error.error()) => {
@@ -353,8 +335,8 @@ where
 /// A node's socket.
 #[derive(Debug)]
 pub struct NodeIo {
-    stream: Stream,
-    wire: Rc<Wire>,
+    pub(super) stream: Stream,
+    pub(super) wire: Rc<Wire>,
 }
 
 impl NodeIo {
@@ -390,7 +372,13 @@ impl AsyncRead for NodeIo {
         let new = buf.filled().get(before..).unwrap_or_default();
         if !new.is_empty() {
             self.wire.answered.set(true);
+            self.wire.heard.set(true);
             self.wire.interim.see(new);
+        }
+        if let Poll::Ready(Err(error)) = &result
+            && !self.wire.heard.get()
+        {
+            self.wire.turned_away.set(turned_away(error));
         }
         result
     }

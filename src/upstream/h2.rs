@@ -14,16 +14,15 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Uri, Version, header, uri::Authority};
+use http::{
+    HeaderValue, Request, Uri, Version, header,
+    uri::{Authority, Scheme},
+};
 use hyper::{body::Body, client::conn::http2, rt::Executor};
 use hyper_util::rt::TokioIo;
-use tokio::{
-    io::AsyncWriteExt as _,
-    task::JoinSet,
-    time::{Instant, timeout},
-};
+use tokio::{task::JoinSet, time::Instant};
 
-use super::ConnectError;
+use super::connection::{NodeIo, Wire};
 use crate::{
     net::{Stream, proxy_protocol::Introduction},
     telemetry::metrics::Opened,
@@ -69,6 +68,8 @@ impl Drop for Tasks {
 pub struct H2<B: Body + 'static> {
     sender: http2::SendRequest<B>,
     _tasks: Tasks,
+    wire: Rc<Wire>,
+    scheme: Scheme,
     address: SocketAddr,
     speaks_for: Option<Introduction>,
     users: Cell<usize>,
@@ -81,42 +82,35 @@ where
     B: Body<Data = Bytes> + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    /// Connects by prior knowledge, within `limit`, and says first whom it speaks for.
+    /// Speaks HTTP/2 on a stream to a node, which knows whom it `speaks_for`. `secure`: over TLS.
     ///
     /// # Errors
-    /// Why there is no connection.
-    pub async fn open(
+    /// The stream ended at once.
+    pub async fn over(
+        stream: Stream,
         address: SocketAddr,
         speaks_for: Option<Introduction>,
-        limit: Duration,
-    ) -> Result<Rc<Self>, ConnectError>
+        secure: bool,
+    ) -> io::Result<Rc<Self>>
     where
         B: Unpin,
     {
         let tasks = Tasks::default();
-        let connect = async {
-            let mut stream = Stream::connect(address).await?;
-            let _ = stream.set_nodelay(true);
-            if let Some(introduction) = speaks_for {
-                stream.write_all(&introduction.header()).await?;
-            }
-            let (sender, driver) = http2::Builder::new(tasks.0.clone())
-                .initial_stream_window_size(STREAM_WINDOW)
-                .initial_connection_window_size(CONNECTION_WINDOW)
-                .max_send_buf_size(SEND_BUFFER)
-                .handshake(TokioIo::new(stream))
-                .await
-                .map_err(io::Error::other)?;
-            tasks.0.execute(driver);
-            Ok(sender)
-        };
-        let sender = timeout(limit, connect)
+        let wire = Rc::new(Wire::default());
+        let io = NodeIo { stream, wire: Rc::clone(&wire) };
+        let (sender, driver) = http2::Builder::new(tasks.0.clone())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(SEND_BUFFER)
+            .handshake(TokioIo::new(io))
             .await
-            .map_err(|_elapsed| ConnectError::Timeout)?
-            .map_err(ConnectError::Io)?;
+            .map_err(io::Error::other)?;
+        tasks.0.execute(driver);
         Ok(Rc::new(Self {
             sender,
             _tasks: tasks,
+            wire,
+            scheme: if secure { Scheme::HTTPS } else { Scheme::HTTP },
             address,
             speaks_for,
             users: Cell::new(0),
@@ -181,6 +175,11 @@ where
         self.0.sender.clone()
     }
 
+    /// What is known of the socket below.
+    pub fn wire(&self) -> &Wire {
+        &self.0.wire
+    }
+
     /// Whether nothing can begin on it any more.
     pub fn is_closed(&self) -> bool {
         self.0.is_closed()
@@ -198,7 +197,7 @@ where
         let authority = host.as_ref().and_then(|host| Authority::try_from(host.as_bytes()).ok());
         let authority = authority.or_else(|| self.0.address.to_string().parse().ok());
         let mut parts = std::mem::take(request.uri_mut()).into_parts();
-        parts.scheme = Some(http::uri::Scheme::HTTP);
+        parts.scheme = Some(self.0.scheme.clone());
         parts.authority = authority;
         parts.path_and_query.get_or_insert_with(|| http::uri::PathAndQuery::from_static("/"));
         // All three are there, which is all that it asks for.

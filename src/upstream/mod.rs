@@ -2,12 +2,14 @@
 //! between cores.
 
 mod connection;
+mod dial;
 mod gate;
 mod h2;
 mod interim;
 mod node;
 
-pub use connection::{ConnectError, Connection, Wire};
+pub use connection::{Connection, Wire};
+pub use dial::{ConnectError, Opened, open};
 pub use gate::{Full, Gate, Place};
 pub use h2::H2;
 pub use node::{Limits, Upstream, Upstreams};

@@ -14,7 +14,10 @@ use tokio::{sync::Mutex, time::Instant};
 
 use super::{Connection, Gate, H2};
 use crate::{
-    net::proxy_protocol::Introduction,
+    net::{
+        proxy_protocol::Introduction,
+        tls::{Connector, Tls},
+    },
     topology::{NodeId, Topology},
 };
 
@@ -40,6 +43,10 @@ pub struct Upstream<B: Body + 'static, L> {
     pub name: Arc<str>,
     /// Where it is.
     pub address: SocketAddr,
+    /// How TLS is spoken with it. `None`: it is not.
+    pub tls: Option<Connector>,
+    /// Whether HTTP/2 was agreed on, the last time that either might have been.
+    pub agreed_h2: Cell<Option<bool>>,
     /// Its places.
     pub gate: Rc<Gate>,
     /// What the balancer remembers.
@@ -82,7 +89,7 @@ where
         let mut shared = self.shared.borrow_mut();
         shared.retain(|h2| !h2.is_closed());
         let h2 = shared.iter().find(|h2| h2.has_room(speaks_for))?;
-        Some(Box::new(Connection::over(h2, speaks_for, false)))
+        Some(Box::new(Connection::sharing(h2, speaks_for, false)))
     }
 
     /// Lets others use it too. Over the limit of idle ones, the one idle longest is closed.
@@ -134,6 +141,7 @@ pub struct Upstreams<B: Body + 'static, L> {
     generation: Cell<Option<u64>>,
     nodes: RefCell<Vec<Rc<Upstream<B, L>>>>,
     limits: Limits,
+    tls: Option<Arc<Tls>>,
 }
 
 impl<B, L> Upstreams<B, L>
@@ -141,9 +149,9 @@ where
     B: Body<Data = Bytes> + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    /// For one cluster.
-    pub fn new(limits: Limits) -> Self {
-        Self { generation: Cell::new(None), nodes: RefCell::default(), limits }
+    /// For one cluster. `tls`: how it is spoken with its nodes.
+    pub fn new(limits: Limits, tls: Option<Arc<Tls>>) -> Self {
+        Self { generation: Cell::new(None), nodes: RefCell::default(), limits, tls }
     }
 
     /// Follows the snapshot: pools of departed incarnations are closed, new ones begin with
@@ -167,6 +175,8 @@ where
                     // cache line between them.
                     name: Arc::from(&*node.name),
                     address: node.address,
+                    tls: self.tls.as_ref().map(Connector::new),
+                    agreed_h2: Cell::new(None),
                     gate: Gate::new(self.limits.requests, self.limits.pending),
                     load: load(node),
                     idle: RefCell::default(),

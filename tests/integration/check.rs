@@ -10,7 +10,7 @@ use crate::gate;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What it says, and its exit code.
-async fn check(config: &str) -> (String, Option<i32>) {
+pub(crate) async fn check(config: &str) -> (String, Option<i32>) {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("litegate.toml");
     fs::write(&file, config).expect("it can be written");

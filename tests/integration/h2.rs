@@ -466,3 +466,111 @@ async fn floods_end_the_connection_and_nobody_elses() {
     assert!(gate.metric("litegate_problems_total", "\"flood\"").await >= 5);
     until(&gate, "litegate_http_requests_in_flight", "", |n| n == 0).await;
 }
+
+/// A client of h2's own, which sees interim answers.
+async fn bare(gate: &Gate) -> h2::client::SendRequest<Bytes> {
+    let socket = TcpStream::connect(gate.address()).await.expect("it listens");
+    let (sender, driver) = h2::client::handshake(socket).await.expect("it speaks HTTP/2");
+    tokio::spawn(driver);
+    sender.ready().await.expect("it takes requests")
+}
+
+fn head(method: &str, target: &str, fields: &[(&str, &str)]) -> Request<()> {
+    let mut request = Request::builder().method(method).uri(format!("http://app.test{target}"));
+    for (name, value) in fields {
+        request = request.header(*name, *value);
+    }
+    request.body(()).expect("a request")
+}
+
+/// The next interim answer, or none if the final one comes first.
+async fn interim(response: &mut h2::client::ResponseFuture) -> Option<Response<()>> {
+    let next = poll_fn(|cx| response.poll_informational(cx));
+    let next = timeout(SOON, next).await.expect("in time");
+    next.map(|interim| interim.expect("the connection goes on"))
+}
+
+async fn finish(response: h2::client::ResponseFuture) -> (StatusCode, Bytes) {
+    let response = timeout(SOON, response).await.expect("in time").expect("an answer");
+    let (parts, mut body) = response.into_parts();
+    let mut whole = Vec::new();
+    while let Some(data) = timeout(SOON, body.data()).await.expect("in time") {
+        let data = data.expect("it comes whole");
+        let _ = body.flow_control().release_capacity(data.len());
+        whole.extend_from_slice(&data);
+    }
+    (parts.status, whole.into())
+}
+
+/// Sends it all, as the window opens.
+async fn upload(stream: &mut h2::SendStream<Bytes>, mut data: Bytes) {
+    while !data.is_empty() {
+        stream.reserve_capacity(data.len());
+        let room = timeout(SOON, poll_fn(|cx| stream.poll_capacity(cx))).await.expect("in time");
+        let room = room.expect("it is wanted").expect("it is wanted");
+        let next = data.split_to(room.min(data.len()));
+        stream.send_data(next, data.is_empty()).expect("it is wanted");
+    }
+}
+
+#[tokio::test]
+async fn hints_come_ahead_of_the_answer() {
+    let gate = Gate::start().await;
+    let mut sender = bare(&gate).await;
+    let (mut response, _) = sender.send_request(head("GET", "/hints", &[]), true).expect("it goes");
+    let hints = interim(&mut response).await.expect("an interim answer");
+    assert_eq!(
+        (hints.status().as_u16(), &hints.headers()["link"]),
+        (103, &"</style.css>".parse().expect("a value"))
+    );
+    assert_eq!(finish(response).await, (StatusCode::OK, "hinted".into()));
+}
+
+#[tokio::test]
+async fn who_waits_for_100_hears_it_when_the_node_says_so() {
+    let gate = Gate::start().await;
+    let mut sender = bare(&gate).await;
+    let expects = [("expect", "100-continue"), ("content-length", "2")];
+    let request = head("POST", "/echo", &expects);
+    let (mut response, mut body) = sender.send_request(request, false).expect("it goes");
+    assert_eq!(interim(&mut response).await.expect("an interim answer").status(), 100);
+    body.send_data("ok".into(), true).expect("it is wanted");
+    assert_eq!(finish(response).await.0, 200);
+
+    let request = head("POST", "/fault/early", &expects);
+    let (mut response, _body) = sender.send_request(request, false).expect("it goes");
+    assert!(interim(&mut response).await.is_none(), "nobody wants it");
+    assert_eq!(finish(response).await.0, 413);
+
+    // Who does not wait is not told to go on.
+    let request = head("POST", "/echo", &expects);
+    let (mut response, mut body) = sender.send_request(request, false).expect("it goes");
+    body.send_data("ok".into(), true).expect("it is wanted");
+    while let Some(interim) = interim(&mut response).await {
+        assert_eq!(interim.status(), 100, "it may have crossed");
+    }
+    assert_eq!(finish(response).await.0, 200);
+}
+
+/// Eight times what is kept of a body.
+#[tokio::test]
+async fn an_upload_that_a_replica_refuses_is_asked_for_when_the_primary_wants_it() {
+    const WRONG: &str = r#"primary = { type = "instance", name = "app-1" }"#;
+    let gate = Gate::with(Options::default(), WRONG).await;
+    gate.until(|topology| topology.primary.is_some()).await;
+    let mut sender = bare(&gate).await;
+    let size = 8 << 20;
+    let request = head("POST", "/kv/large", &[("expect", "100-continue")]);
+    let (mut response, mut body) = sender.send_request(request, false).expect("it goes");
+    assert_eq!(interim(&mut response).await.expect("an interim answer").status(), 100);
+    upload(&mut body, vec![b'x'; size].into()).await;
+    assert_eq!(finish(response).await.0, 200);
+    let written = gate.cluster.written("large");
+    assert_eq!((written.on, written.bytes), (vec![0], size));
+    // Without waiting: as much as is kept.
+    let request = head("POST", "/kv/small", &[]);
+    let (response, mut body) = sender.send_request(request, false).expect("it goes");
+    upload(&mut body, vec![b'x'; 900_000].into()).await;
+    assert_eq!(finish(response).await.0, 200);
+    assert_eq!(gate.cluster.written("small").bytes, 900_000);
+}

@@ -22,6 +22,7 @@ mod testkit;
 mod tls;
 mod tunnels;
 mod upstream_h2;
+mod upstream_tls;
 mod verify;
 mod writes;
 

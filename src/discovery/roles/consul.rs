@@ -73,7 +73,9 @@ pub(in crate::discovery) async fn follow(consul: Consul, observer: Observer) {
 
 fn trouble(error: &CallError) -> Trouble {
     match error {
-        CallError::Io(_) | CallError::Timeout | CallError::Early => Trouble::Unreachable,
+        CallError::Io(_) | CallError::Tls(_) | CallError::Timeout | CallError::Early => {
+            Trouble::Unreachable
+        }
         // Without a leader Consul answers 500; before it, a proxy may answer for it.
         CallError::Status(status) if status.is_server_error() => Trouble::Unreachable,
         CallError::Http(error) if !error.is_parse() => Trouble::Unreachable,

@@ -1,0 +1,161 @@
+//! The body of a client's request, whichever protocol brings it.
+
+use std::{
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream};
+use http::{HeaderMap, header};
+use http_body::{Body, Frame, SizeHint};
+
+use super::conn::Conn;
+
+/// `100 Continue`, in the form in which interim answers are kept.
+const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
+/// A request body.
+#[derive(Debug)]
+pub struct Incoming(Source);
+
+#[derive(Debug)]
+enum Source {
+    Empty,
+    Http1(hyper::body::Incoming),
+    H2 {
+        stream: RecvStream,
+        /// What is still to come, where the client said how much there is.
+        rest: Option<u64>,
+        data_ended: bool,
+        /// Whom to tell that the body is wanted now: the client waits for it.
+        expects: Option<Rc<Conn>>,
+    },
+}
+
+/// Why a request body broke off.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    /// On HTTP/1.1.
+    #[error(transparent)]
+    Http1(#[from] hyper::Error),
+    /// On HTTP/2.
+    #[error(transparent)]
+    H2(#[from] h2::Error),
+}
+
+impl From<hyper::body::Incoming> for Incoming {
+    fn from(body: hyper::body::Incoming) -> Self {
+        Self(Source::Http1(body))
+    }
+}
+
+impl Incoming {
+    /// Nothing.
+    pub(super) fn empty() -> Self {
+        Self(Source::Empty)
+    }
+
+    /// One that comes by HTTP/2, behind this head. `expects`: its client waits for `100 Continue`,
+    /// which is sent when somebody asks for the body.
+    pub(super) fn h2(stream: RecvStream, head: &HeaderMap, expects: Option<Rc<Conn>>) -> Self {
+        let ended = stream.is_end_stream();
+        let rest = if ended { Some(0) } else { length(head) };
+        Self(Source::H2 { stream, rest, data_ended: false, expects: expects.filter(|_| !ended) })
+    }
+}
+
+/// The length that a head tells, where it tells one and no other.
+fn length(head: &HeaderMap) -> Option<u64> {
+    let mut all = head.get_all(header::CONTENT_LENGTH).iter();
+    let first = all.next()?.to_str().ok()?;
+    let is_length = first.bytes().all(|byte| byte.is_ascii_digit());
+    first.parse().ok().filter(|_| is_length && all.all(|other| other == first))
+}
+
+impl Body for Incoming {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let (stream, rest, data_ended, expects) = match &mut self.0 {
+            Source::Empty => return Poll::Ready(None),
+            Source::Http1(body) => {
+                return Pin::new(body).poll_frame(cx).map_err(BodyError::from);
+            }
+            Source::H2 { stream, rest, data_ended, expects } => (stream, rest, data_ended, expects),
+        };
+        if !*data_ended {
+            let polled = stream.poll_data(cx);
+            if let Some(conn) = expects.take()
+                && polled.is_pending()
+            {
+                conn.send_interim(Bytes::from_static(CONTINUE));
+            }
+            match ready!(polled) {
+                Some(Ok(data)) => {
+                    let _ = stream.flow_control().release_capacity(data.len());
+                    if let Some(rest) = rest {
+                        *rest = rest.saturating_sub(data.len() as u64);
+                    }
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                // RFC 9113 section 8.1: the client needs no more of its answer, and sends no more.
+                Some(Err(error)) if error.reason() == Some(Reason::NO_ERROR) => {
+                    return Poll::Ready(None);
+                }
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+                None => *data_ended = true,
+            }
+        }
+        match ready!(stream.poll_trailers(cx)) {
+            Ok(trailers) => Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers)))),
+            Err(error) if error.reason() == Some(Reason::NO_ERROR) => Poll::Ready(None),
+            Err(error) => Poll::Ready(Some(Err(error.into()))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.0 {
+            Source::Empty => true,
+            Source::Http1(body) => body.is_end_stream(),
+            Source::H2 { stream, .. } => stream.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.0 {
+            Source::Empty => SizeHint::with_exact(0),
+            Source::Http1(body) => body.size_hint(),
+            Source::H2 { rest, .. } => rest.map_or_else(SizeHint::default, SizeHint::with_exact),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_length_is_one_number_however_often_it_is_said() {
+        for (lines, want) in [
+            (&[][..], None),
+            (&["5"][..], Some(5)),
+            (&["5", "5"][..], Some(5)),
+            (&["5", "6"][..], None),
+            (&["+5"][..], None),
+            (&["5, 5"][..], None),
+            (&[""][..], None),
+        ] {
+            let mut head = HeaderMap::new();
+            for line in lines {
+                head.append(header::CONTENT_LENGTH, line.parse().unwrap());
+            }
+            assert_eq!(length(&head), want, "{lines:?}");
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! HTTP/2 below the service: h2's connection, and what carries one answer.
+//!
+//! hyper's server would do the same but for interim answers (1xx), which it has no words for: a
+//! client that waits for `100 Continue` would wait for ever.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
+    task::{Context, Poll, ready},
+    time::SystemTime,
+};
+
+use bytes::Bytes;
+use h2::{
+    Reason, RecvStream, SendStream,
+    server::{Connection, Handshake, SendResponse},
+};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
+use http_body::Body;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::conn::Conn;
+
+/// Interim answers to one request. More are dropped: no window bounds what waits of them.
+const INTERIM: usize = 8;
+/// Fields in an interim answer; one with more is dropped.
+const FIELDS: usize = 64;
+
+/// A connection, from its preface to its last frame.
+pub(super) struct Streams<T> {
+    state: State<T>,
+    going: bool,
+}
+
+enum State<T> {
+    Greeting(Handshake<T, Bytes>),
+    Serving(Connection<T, Bytes>),
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Streams<T> {
+    pub(super) fn new(handshake: Handshake<T, Bytes>) -> Self {
+        Self { state: State::Greeting(handshake), going: false }
+    }
+
+    /// Takes no more requests, and says so (`GOAWAY`).
+    pub(super) fn graceful_shutdown(&mut self) {
+        self.going = true;
+        if let State::Serving(connection) = &mut self.state {
+            connection.graceful_shutdown();
+        }
+    }
+
+    /// Drives all of its streams. Whoever `answers` a request does so elsewhere.
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut answers: impl FnMut(Request<RecvStream>, SendResponse<Bytes>),
+    ) -> Poll<Result<(), h2::Error>> {
+        loop {
+            match &mut self.state {
+                State::Greeting(handshake) => {
+                    let mut connection = ready!(Pin::new(handshake).poll(cx))?;
+                    if self.going {
+                        connection.graceful_shutdown();
+                    }
+                    self.state = State::Serving(connection);
+                }
+                State::Serving(connection) => match ready!(connection.poll_accept(cx)) {
+                    Some(Ok((request, reply))) => answers(request, reply),
+                    Some(Err(error)) => return Poll::Ready(Err(error)),
+                    None => return Poll::Ready(Ok(())),
+                },
+            }
+        }
+    }
+}
+
+/// Waits for an answer, and sends the interim ones before it. `None`: the client took its request
+/// back.
+pub(super) async fn answered<F: Future>(
+    reply: &mut SendResponse<Bytes>,
+    conn: &Conn,
+    answer: F,
+) -> Option<F::Output> {
+    let mut answer = pin!(answer);
+    let mut sent = 0;
+    poll_fn(|cx| {
+        conn.wake_for_interim(cx.waker());
+        let polled = answer.as_mut().poll(cx);
+        while conn.has_interim() {
+            let interim = interim(&conn.take_interim());
+            if let Some(interim) = interim.filter(|_| sent < INTERIM) {
+                sent += 1;
+                // Where the stream is gone, the answer will find that out too.
+                let _ = reply.send_informational(interim);
+            }
+        }
+        if let Poll::Ready(answer) = polled {
+            return Poll::Ready(Some(answer));
+        }
+        reply.poll_reset(cx).map(|_| None)
+    })
+    .await
+}
+
+/// An interim answer as a node sent it, and as HTTP/2 has it.
+fn interim(head: &[u8]) -> Option<Response<()>> {
+    let mut fields = [httparse::EMPTY_HEADER; FIELDS];
+    let mut parsed = httparse::Response::new(&mut fields);
+    parsed.parse(head).ok().filter(httparse::Status::is_complete)?;
+    let mut response = Response::new(());
+    *response.status_mut() = StatusCode::from_u16(parsed.code?).ok()?;
+    for field in parsed.headers.iter() {
+        let name = HeaderName::from_bytes(field.name.as_bytes()).ok()?;
+        response.headers_mut().append(name, HeaderValue::from_bytes(field.value).ok()?);
+    }
+    strip(response.headers_mut());
+    Some(response)
+}
+
+/// RFC 9113 section 8.2.2: nothing of the connection is said here.
+fn strip(head: &mut HeaderMap) {
+    const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+    const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+    let of_the_connection = [
+        header::CONNECTION,
+        KEEP_ALIVE,
+        PROXY_CONNECTION,
+        header::TE,
+        header::TRANSFER_ENCODING,
+        header::UPGRADE,
+    ];
+    for name in of_the_connection {
+        head.remove(name);
+    }
+}
+
+/// Sends an answer's head. `None`: the stream is gone.
+pub(super) fn send_head(
+    reply: &mut SendResponse<Bytes>,
+    mut head: Response<()>,
+    length: Option<u64>,
+    ends: bool,
+) -> Option<SendStream<Bytes>> {
+    let fields = head.headers_mut();
+    strip(fields);
+    // RFC 9110 section 6.6.1: whoever gets a message without one notes when it came.
+    if !fields.contains_key(header::DATE)
+        && let Ok(now) = HeaderValue::from_str(&httpdate::fmt_http_date(SystemTime::now()))
+    {
+        fields.insert(header::DATE, now);
+    }
+    if let Some(length) = length.filter(|_| !fields.contains_key(header::CONTENT_LENGTH)) {
+        fields.insert(header::CONTENT_LENGTH, length.into());
+    }
+    let sent = reply.send_response(head, ends);
+    if sent.is_err() {
+        reply.send_reset(Reason::INTERNAL_ERROR);
+    }
+    sent.ok()
+}
+
+/// Sends an answer's body at its client's pace, and watches whether the client still wants it. One
+/// that breaks off resets the stream.
+pub(super) async fn pipe<B>(mut body: B, mut stream: SendStream<Bytes>)
+where
+    B: Body<Data = Bytes> + Unpin,
+{
+    // What waits for the client's window, and whether it is the last.
+    let mut waiting: Option<(Bytes, bool)> = None;
+    // An error means that the stream is over, and there is nobody to tell.
+    let sent = poll_fn(|cx| {
+        loop {
+            if stream.poll_reset(cx)?.is_ready() {
+                return Poll::Ready(Ok::<_, h2::Error>(()));
+            }
+            if let Some((data, is_last)) = waiting.take() {
+                while stream.capacity() == 0 {
+                    match stream.poll_capacity(cx)? {
+                        Poll::Ready(Some(_)) => {}
+                        Poll::Ready(None) => return Poll::Ready(Ok(())),
+                        Poll::Pending => {
+                            waiting = Some((data, is_last));
+                            return Poll::Pending;
+                        }
+                    }
+                }
+                stream.send_data(data, is_last)?;
+                if is_last {
+                    return Poll::Ready(Ok(()));
+                }
+                continue;
+            }
+            // The frame first, then room for it: what is reserved is taken from other streams.
+            match ready!(Pin::new(&mut body).poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => {
+                        let is_last = body.is_end_stream();
+                        if data.is_empty() {
+                            stream.send_data(data, is_last)?;
+                            if is_last {
+                                return Poll::Ready(Ok(()));
+                            }
+                        } else {
+                            // h2 asks for the rest when it gets the data.
+                            stream.reserve_capacity(1);
+                            waiting = Some((data, is_last));
+                        }
+                    }
+                    Err(frame) => {
+                        let Ok(trailers) = frame.into_trailers() else { continue };
+                        stream.reserve_capacity(0);
+                        stream.send_trailers(trailers)?;
+                        return Poll::Ready(Ok(()));
+                    }
+                },
+                Some(Err(_)) => {
+                    stream.send_reset(Reason::INTERNAL_ERROR);
+                    return Poll::Ready(Ok(()));
+                }
+                None => {
+                    stream.send_data(Bytes::new(), true)?;
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+    })
+    .await;
+    if let Err(error) = sent {
+        tracing::debug!(%error, "an HTTP/2 answer ends early");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interim_answer_says_nothing_of_the_connection() {
+        let head = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\nlink: </b>\r\nkeep-alive: 1\r\n\r\n";
+        let interim = interim(head).unwrap();
+        assert_eq!(interim.status(), 103);
+        assert_eq!(interim.headers().len(), 2);
+        assert!(super::interim(b"HTTP/1.1 103 Early").is_none());
+    }
+}
