@@ -34,7 +34,7 @@ use tokio::{
 use super::{
     ClientFault, Limits, Origin, ProxyProtocol, Refusal, Service, drain,
     greet::{Met, Protocol, meet},
-    h2,
+    guard, h2,
     io::ClientIo,
 };
 use crate::net::Stream;
@@ -93,6 +93,8 @@ pub struct Conn {
     reset: Cell<bool>,
     /// The first bytes are those of HTTP/2.
     is_h2: Cell<bool>,
+    /// Why the rest of the connection is not read.
+    ambiguous: Cell<Option<guard::Fault>>,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -138,6 +140,7 @@ impl Conn {
             takeover: RefCell::default(),
             reset: Cell::new(false),
             is_h2: Cell::new(false),
+            ambiguous: Cell::new(None),
         }
     }
 
@@ -297,6 +300,16 @@ impl Conn {
 
     pub(super) fn is_unsaid(&self) -> bool {
         self.unsaid.get().is_some()
+    }
+
+    /// The service answers a request, or its answer is on its way.
+    pub(super) fn is_busy(&self) -> bool {
+        self.phase.get() == Phase::Busy
+    }
+
+    /// What comes next can be read in more than one way.
+    pub(super) fn found_fault(&self, fault: guard::Fault) {
+        self.ambiguous.set(Some(fault));
     }
 
     /// The bytes that came are not HTTP/1.
@@ -620,7 +633,8 @@ async fn active<S: Service + 'static>(
             if let Err(error) = &result
                 && let Some(fault) = fault(error, conn.unsaid.get())
             {
-                let detail = error.to_string();
+                let ambiguous = conn.ambiguous.get().map(guard::Fault::as_str);
+                let detail = ambiguous.map_or_else(|| error.to_string(), str::to_owned);
                 let consumed = CONSUMED.iter().any(|fault| detail.starts_with(fault));
                 let answer = refused(fault, if consumed { &[] } else { &ahead }, &detail);
                 // What is left of an earlier response went with hyper's buffers: an answer would

@@ -2,7 +2,8 @@
 //!
 //! Notes when a request's first byte comes and whether written bytes are stuck, passes on bytes
 //! that were read ahead, slips interim responses (1xx) in between final ones, which hyper's
-//! server cannot send, and keeps back hyper's bare answer to a bad head. All of it costs a few moves between cells of one thread.
+//! server cannot send, keeps back hyper's bare answer to a bad head, and lets nothing through to it
+//! that is ambiguous ([`Guard`]). Most of it costs a few moves between cells of one thread.
 
 use std::{
     io,
@@ -15,7 +16,11 @@ use bytes::{Buf, Bytes};
 use smallvec::SmallVec;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{conn::Conn, frames::Frames};
+use super::{
+    conn::Conn,
+    frames::Frames,
+    guard::{Guard, Seen},
+};
 use crate::net::Stream;
 
 /// A client's socket.
@@ -29,11 +34,16 @@ pub struct ClientIo {
     sniff: bool,
     /// Where HTTP/2's frames are counted.
     frames: Option<Rc<Frames>>,
+    /// What of HTTP/1 is clear.
+    guard: Guard,
+    /// The rest of the connection is not read.
+    shut: bool,
 }
 
 impl ClientIo {
     pub(super) fn new(stream: Stream, ahead: Bytes, conn: Rc<Conn>) -> Self {
-        Self { stream, ahead, conn, sniff: false, frames: None }
+        let guard = Guard::default();
+        Self { stream, ahead, conn, sniff: false, frames: None, guard, shut: false }
     }
 
     /// Tells HTTP/2 from HTTP/1 by the first bytes, and fails at the former. Nothing is read for it
@@ -69,6 +79,48 @@ impl ClientIo {
         Ok(!self.sniff)
     }
 
+    /// Lets through what is clear of the bytes in `buf` behind `before`, and keeps the rest back.
+    fn filter(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
+        let new = buf.filled().get(before..).unwrap_or_default();
+        match self.guard.see(new) {
+            Seen::All => {}
+            Seen::UpTo(n) => {
+                let back = new.get(n..).unwrap_or_default();
+                self.ahead = [back, &self.ahead].concat().into();
+                buf.set_filled(before + n);
+            }
+            Seen::Bad(n, fault) => {
+                self.conn.found_fault(fault);
+                self.shut = true;
+                self.ahead = Bytes::from_static(fault.poison());
+                buf.set_filled(before + n);
+                self.take_ahead(buf);
+            }
+        }
+    }
+
+    /// Moves what was read ahead into `buf`.
+    fn take_ahead(&mut self, buf: &mut ReadBuf<'_>) {
+        let n = self.ahead.len().min(buf.remaining());
+        buf.put_slice(&self.ahead.split_to(n));
+    }
+
+    /// Keeps what comes behind a request that may become another protocol, until that is clear.
+    /// Ready when the client is gone.
+    fn poll_hold(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.ahead.len() < HELD {
+            let mut scratch = [0; 4 << 10];
+            let mut buf = ReadBuf::new(&mut scratch);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buf))?;
+            if buf.filled().is_empty() {
+                return if self.ahead.is_empty() { Poll::Ready(Ok(())) } else { Poll::Pending };
+            }
+            self.ahead = [&self.ahead, buf.filled()].concat().into();
+        }
+        // hyper asks again when it has answered.
+        Poll::Pending
+    }
+
     /// Gives the socket back, with what was read ahead and never taken.
     pub fn into_parts(self) -> (Stream, Bytes) {
         (self.stream, self.ahead)
@@ -102,6 +154,8 @@ impl ClientIo {
     }
 }
 
+/// What a client may send ahead of the answer to a request that may become another protocol.
+const HELD: usize = 64 << 10;
 /// How HTTP/2 begins (RFC 9113 section 3.4): as much of it as no method of HTTP/1 has.
 const PREFACE: &[u8] = b"PRI ";
 
@@ -140,18 +194,27 @@ impl AsyncRead for ClientIo {
             let _ = self.poll_interim(cx)?;
         }
         let before = buf.filled().len();
+        let mut filled = false;
         while self.sniff {
             ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
-            if self.sniff(buf, before)? && self.ahead.is_empty() {
-                self.conn.read(buf.filled().len() - before);
-                return Poll::Ready(Ok(()));
+            filled = self.sniff(buf, before)? && self.ahead.is_empty();
+        }
+        if self.guard.awaits_switch() {
+            if self.conn.is_busy() {
+                return self.poll_hold(cx);
             }
+            self.guard.go_on();
         }
         if self.ahead.has_remaining() {
-            let n = self.ahead.len().min(buf.remaining());
-            buf.put_slice(&self.ahead.split_to(n));
-        } else {
+            self.take_ahead(buf);
+        } else if self.shut {
+            // hyper has all that it needs to refuse the rest.
+            return Poll::Pending;
+        } else if !filled {
             ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        }
+        if self.frames.is_none() && !self.shut {
+            self.filter(buf, before);
         }
         let new = buf.filled().get(before..).unwrap_or_default();
         if let Some(frames) = &self.frames {

@@ -16,6 +16,7 @@ mod conn;
 pub mod drain;
 mod frames;
 mod greet;
+mod guard;
 mod h2;
 mod io;
 pub mod listener;
