@@ -77,18 +77,20 @@ fn decisions(criterion: &mut Criterion) {
         upgrade: false,
     };
     let now = Instant::now();
+    let paths = config.limits.ambiguous_paths;
     let mut group = criterion.benchmark_group("decide");
     for nodes in [3, 50] {
         let topology = topology(nodes);
         group.bench_function(format!("route and classify, {nodes} nodes"), |bench| {
             bench.iter(|| {
-                let route = route(black_box(&head), &config.routes).expect("the last one matches");
+                let route =
+                    route(black_box(&head), &config.routes, paths).expect("the last one matches");
                 classify(&head, route, &topology, None)
             });
         });
         let rules = Rules::of(&config.clusters[0]);
         let loads = vec![Load::default(); topology.nodes.len()];
-        let route = route(&head, &config.routes).expect("the last one matches");
+        let route = route(&head, &config.routes, paths).expect("the last one matches");
         let read = classify(&head, route, &topology, None).expect("it is a read");
         let write = Request { class: Class::Write, ..read };
         for request in [read, write] {

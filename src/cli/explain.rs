@@ -13,7 +13,7 @@ use crate::{
     decide::{
         Because, Class, Consistency, Problem, Request, Wanted,
         classify::{Demanded, ROUTE, classify, demanded},
-        route::{Head, matches},
+        route::{Head, matches, route},
         token::TOKEN,
     },
     topology::Topology,
@@ -79,6 +79,12 @@ fn explanation(config: &Config, asked: &Asked) -> String {
         // Nobody writes `Connection: upgrade` by hand.
         upgrade: asked.headers.contains_key(header::UPGRADE),
     };
+    if let Err(problem @ Problem::AmbiguousPath) =
+        route(&head, &config.routes, config.limits.ambiguous_paths)
+    {
+        refused(&mut page, problem);
+        return page;
+    }
     for route in &config.routes {
         let name = route.index.map_or("every request".to_owned(), |n| format!("route {}", n + 1));
         if !matches(&head, route) {

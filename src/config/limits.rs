@@ -35,4 +35,33 @@ pub struct Limits {
     /// `tls_handshakes`: handshakes at once, shared out evenly among the workers. Over it they wait
     /// their turn.
     pub tls_handshakes: usize,
+    /// `underscores`: request fields whose names have one.
+    pub underscores: Underscores,
+    /// `ambiguous_paths`: paths that a node may take for others.
+    pub ambiguous_paths: AmbiguousPaths,
+}
+
+/// `underscores`: apps behind CGI, WSGI and the like can't tell `X_Forwarded_For` from
+/// `X-Forwarded-For`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Underscores {
+    /// They are dropped, and counted.
+    #[default]
+    Drop,
+    /// 400.
+    Refuse,
+    /// They pass.
+    Allow,
+}
+
+/// `ambiguous_paths`: with dot segments, empty segments, backslashes, or such things encoded.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum AmbiguousPaths {
+    /// They pass as they are where every way to read them leads to the same route; else 400.
+    #[default]
+    SameRoute,
+    /// 400.
+    Refuse,
+    /// They pass, and routes are matched on what is written.
+    Allow,
 }

@@ -21,7 +21,7 @@ use super::{
         SendProxy, StaticNode, Timeouts, Upstream, UpstreamProtocol, UpstreamTls,
     },
     diagnostic::{Diagnostic, Diagnostics, Place},
-    limits::Limits,
+    limits::{AmbiguousPaths, Limits, Underscores},
     listener::{Certificate, ClientAuth, Listener, Protocols, ProxyProtocol, Tls},
     reader::{self, Entry, Faults, Kind, Section, Value},
     route::{Class, HeaderMatch, Host, Path as RoutePath, Route, Scope},
@@ -323,6 +323,16 @@ fn access_log(mut section: Section) -> AccessLog {
 }
 
 fn limits(mut section: Section) -> Limits {
+    let underscores = [
+        ("drop", Underscores::Drop),
+        ("refuse", Underscores::Refuse),
+        ("allow", Underscores::Allow),
+    ];
+    let ambiguous_paths = [
+        ("same-route", AmbiguousPaths::SameRoute),
+        ("refuse", AmbiguousPaths::Refuse),
+        ("allow", AmbiguousPaths::Allow),
+    ];
     Limits {
         header_bytes: section.size("header_bytes", 64 << 10).max(1024),
         headers: section.count("headers", 1, 100),
@@ -336,6 +346,12 @@ fn limits(mut section: Section) -> Limits {
         streams: section.count("streams", 1, 100),
         resets: section.count("resets", 1, 200),
         tls_handshakes: section.count("tls_handshakes", 1, 512),
+        underscores: section.word("underscores", &underscores, Underscores::default()),
+        ambiguous_paths: section.word(
+            "ambiguous_paths",
+            &ambiguous_paths,
+            AmbiguousPaths::default(),
+        ),
     }
 }
 

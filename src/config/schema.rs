@@ -107,6 +107,8 @@ pub fn schema() -> Value {
             "header_bytes": size, "headers": count, "uri_bytes": size, "header_read": duration,
             "idle": duration, "body_idle": duration, "connections": count, "replay_bytes": size,
             "streams": count, "resets": count, "tls_handshake": duration, "tls_handshakes": count,
+            "underscores": words(&["drop", "refuse", "allow"]),
+            "ambiguous_paths": words(&["same-route", "refuse", "allow"]),
         })),
         "cluster": { "type": "object", "minProperties": 1, "additionalProperties": cluster },
         "route": { "type": "array", "items": table(json!({

@@ -15,9 +15,11 @@ pub mod choose;
 pub mod classify;
 pub mod next;
 pub mod outcome;
+pub mod path;
 pub mod problem;
 pub mod replay;
 pub mod route;
+pub mod strict;
 pub mod token;
 
 pub use problem::Problem;

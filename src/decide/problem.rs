@@ -84,6 +84,18 @@ problems! {
     /// The request is not proper HTTP, or its length is ambiguous.
     Malformed = 400, "BR", "malformed", "http_request_error", Client,
         "Malformed request", "The request is not proper HTTP, or its length is ambiguous.";
+    /// The body is in a transfer coding that litegate does not know.
+    UnknownCoding = 501, "BR", "unknown_coding", "http_request_denied", Client,
+        "Unknown transfer coding", "The request's body is in a transfer coding that is not known here: send it chunked, or with its length.";
+    /// `Expect` says something other than `100-continue`.
+    UnknownExpectation = 417, "BR", "unknown_expectation", "http_request_denied", Client,
+        "Unknown expectation", "The request expects what is not known here.";
+    /// A field's name has an underscore, and `limits.underscores` is `refuse`.
+    UnderscoreField = 400, "BR", "underscore_field", "http_request_denied", Client,
+        "Underscore in a field's name", "The request has a header field whose name has an underscore, which this server does not accept.";
+    /// The path can be read as another one, and `limits.ambiguous_paths` does not allow that.
+    AmbiguousPath = 400, "BR", "ambiguous_path", "http_request_denied", Client,
+        "Ambiguous path", "The path could be taken for another one: write it without dot segments, empty segments, and encoded slashes.";
     /// The head took longer than `limits.header_read`.
     HeadTimeout = 408, "SL", "head_timeout", "http_request_error", Client,
         "Request timed out", "The request head did not arrive in time.";
@@ -202,6 +214,9 @@ impl Problem {
         matches!(
             self,
             Self::Malformed
+                | Self::MethodRefused
+                | Self::UnknownCoding
+                | Self::UnknownExpectation
                 | Self::HeadTooLarge
                 | Self::UriTooLong
                 | Self::HeadTimeout

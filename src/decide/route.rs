@@ -2,7 +2,11 @@
 
 use http::{HeaderMap, Method};
 
-use crate::config::route::{HeaderMatch, Host, Path, Route, Scope};
+use super::{Problem, path};
+use crate::config::{
+    limits::AmbiguousPaths,
+    route::{HeaderMatch, Host, Path, Route, Scope},
+};
 
 /// What is known of a request before anything is decided.
 #[derive(Clone, Copy, Debug)]
@@ -21,9 +25,29 @@ pub struct Head<'r> {
     pub upgrade: bool,
 }
 
-/// The first of `routes` that matches.
-pub fn route<'c>(head: &Head<'_>, routes: &'c [Route]) -> Option<&'c Route> {
-    routes.iter().find(|route| matches(head, route))
+/// The first of `routes` that matches, however the path is read.
+///
+/// # Errors
+/// 404 if none does, 400 if the path could be read as one of another route.
+pub fn route<'c>(
+    head: &Head<'_>,
+    routes: &'c [Route],
+    ambiguous: AmbiguousPaths,
+) -> Result<&'c Route, Problem> {
+    if ambiguous == AmbiguousPaths::Refuse && path::is_ambiguous(head.path) {
+        return Err(Problem::AmbiguousPath);
+    }
+    let first = |head: &Head<'_>| routes.iter().position(|route| matches(head, route));
+    let found = first(head);
+    if ambiguous != AmbiguousPaths::Allow && routes.iter().any(|route| route.path != Path::Any) {
+        let others = path::readings(head.path);
+        for reading in others {
+            if first(&Head { path: &reading, ..*head }) != found {
+                return Err(Problem::AmbiguousPath);
+            }
+        }
+    }
+    found.and_then(|found| routes.get(found)).ok_or(Problem::NoRoute)
 }
 
 /// Whether all conditions of `route` hold.
@@ -205,6 +229,51 @@ mod tests {
         assert!(
             hits(&Method::GET, None, "/any", &root) && hits(&Method::OPTIONS, None, "*", &root)
         );
+    }
+
+    #[test]
+    fn every_reading_of_a_path_leads_to_the_same_route() {
+        let routes = [
+            Route { path: Path::Prefix("/search".into()), class: Class::Read, ..rule() },
+            Route { path: Path::Any, index: Some(1), ..rule() },
+        ];
+        let headers = HeaderMap::new();
+        let to = |path, policy| {
+            let method = &Method::POST;
+            let head = Head {
+                method,
+                host: None,
+                path,
+                headers: &headers,
+                trusted: false,
+                upgrade: false,
+            };
+            route(&head, &routes, policy).map(|route| route.index)
+        };
+        let (same, refuse, allow) =
+            (AmbiguousPaths::SameRoute, AmbiguousPaths::Refuse, AmbiguousPaths::Allow);
+        for (path, at) in [("/search/a", 0), ("/b", 1), ("/search/%20", 0)] {
+            for policy in [same, refuse, allow] {
+                assert_eq!(to(path, policy), Ok(Some(at)), "{path} {policy:?}");
+            }
+        }
+        for (path, written) in [
+            ("/search/../orders", 0),
+            ("/search%2fa", 1),
+            ("/search/%2e%2e%2forders", 0),
+            ("/search/..%5corders", 0),
+            ("/search/..;/orders", 0),
+            ("//search", 1),
+            ("/%73earch", 1),
+        ] {
+            assert_eq!(to(path, same), Err(Problem::AmbiguousPath), "{path}");
+            assert_eq!(to(path, allow), Ok(Some(written)), "{path}");
+        }
+        // As odd, and on the same route whoever reads them.
+        for path in ["/search/a/../b", "/a//b", "/a%2fb", "/search%2f..%2forders"] {
+            assert!(to(path, same).is_ok(), "{path}");
+            assert_eq!(to(path, refuse), Err(Problem::AmbiguousPath), "{path}");
+        }
     }
 
     #[test]

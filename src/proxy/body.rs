@@ -21,6 +21,7 @@ use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::{
+    decide::strict,
     server::{BodyError, Conn, Incoming, READ_BUFFER},
     upstream::Wire,
 };
@@ -165,7 +166,8 @@ impl Upload {
                     if let Some(data) = frame.data_ref() {
                         shared.received.set(shared.received.get() + data.len() as u64);
                         shared.keep(state, data);
-                    } else if let Ok(trailers) = frame.into_trailers() {
+                    } else if let Ok(mut trailers) = frame.into_trailers() {
+                        strict::trailers(&mut trailers);
                         state.trailers = Some(trailers);
                         shared.end();
                     }
@@ -299,8 +301,13 @@ impl Shared {
         let polled = Pin::new(&mut state.source).poll_frame(cx);
         self.starved.set(polled.is_pending());
         self.conn.waits_for_body(polled.is_pending());
-        let Poll::Ready(frame) = polled else { return Poll::Pending };
+        let Poll::Ready(mut frame) = polled else { return Poll::Pending };
         self.progress.set(Instant::now());
+        if let Some(Ok(frame)) = &mut frame
+            && let Some(trailers) = frame.trailers_mut()
+        {
+            strict::trailers(trailers);
+        }
         match &frame {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {

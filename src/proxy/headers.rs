@@ -375,10 +375,30 @@ fn tokens(line: &HeaderValue) -> impl Iterator<Item = &[u8]> {
     line.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii).filter(|t| !t.is_empty())
 }
 
-/// Whether a request asks to become another protocol: `Connection: upgrade` and an `Upgrade`.
+/// Whether a request asks to become another protocol: `Connection: upgrade` and an `Upgrade`. To
+/// another HTTP it never does: a node that agreed would take requests that litegate never saw, and
+/// RFC 9113 section 3.1 has done away with it.
 pub fn wants_upgrade(head: &HeaderMap) -> bool {
-    head.contains_key(header::UPGRADE)
+    let mut protocols = head.get_all(header::UPGRADE).iter().flat_map(tokens).peekable();
+    protocols.peek().is_some()
+        && !protocols.any(is_http)
         && head.get_all(header::CONNECTION).iter().any(|line| is_token_listed(line, b"upgrade"))
+}
+
+/// `h2c`, `h2`, `HTTP/2.0`, `TLS/1.0`: what would hide requests.
+fn is_http(protocol: &[u8]) -> bool {
+    let name = protocol.split(|byte| *byte == b'/').next().unwrap_or_default().trim_ascii();
+    [&b"h2c"[..], b"h2", b"h3", b"http", b"https", b"tls"]
+        .iter()
+        .any(|http| name.eq_ignore_ascii_case(http))
+}
+
+/// Whether the protocol of a node's 101 is one of those that the request named.
+pub fn is_asked_for(request: &HeaderMap, answer: &HeaderMap) -> bool {
+    let mut to = answer.get_all(header::UPGRADE).iter().flat_map(tokens);
+    let (Some(to), None) = (to.next(), to.next()) else { return false };
+    let mut asked = request.get_all(header::UPGRADE).iter().flat_map(tokens);
+    asked.any(|asked| asked.eq_ignore_ascii_case(to))
 }
 
 /// Makes one field of the crumbs that HTTP/2 lets a client break its cookies into (RFC 9113

@@ -31,6 +31,7 @@ use crate::{
     config::{
         self, Config,
         cluster::{SendProxy, UpstreamProtocol},
+        limits::Underscores,
         listener::Listener,
     },
     decide::{
@@ -42,6 +43,7 @@ use crate::{
         outcome::{Before, WriteOutcome},
         replay::{self, Form, Replay, ReplayError},
         route::Head,
+        strict,
         token::TokenRead,
     },
     net::{
@@ -315,7 +317,8 @@ impl Proxy {
             trusted: walk.client.peer.trusted,
             upgrade: walk.upgrade,
         };
-        let route = decide::route::route(&head, &self.config.routes).ok_or(Problem::NoRoute)?;
+        let paths = self.config.limits.ambiguous_paths;
+        let route = decide::route::route(&head, &self.config.routes, paths)?;
         let mut cluster = self.clusters.get(route.cluster).ok_or(Problem::NoRoute)?;
         walk.cluster = Some(cluster);
         walk.route = route.index;
@@ -338,7 +341,10 @@ impl Proxy {
             walk.preferred = walk.headers.get(&PREFER_INSTANCE).cloned();
         }
         cluster.budget.borrow_mut().request(now.into_std());
-        if !body.is_end_stream() {
+        if body.is_end_stream() {
+            // RFC 9110 section 10.1.1: it is about a body.
+            walk.headers.remove(header::EXPECT);
+        } else {
             let (conn, kept) = (Rc::clone(walk.conn), Rc::clone(&self.kept));
             walk.upload = Some(Upload::new(body, conn, kept, cluster.config.replay.buffer, now));
         }
@@ -516,9 +522,12 @@ impl Proxy {
             node.load.cells.attempt(Ok(response.status()), took);
             let connected = Connected::new(connection, Rc::clone(&node), places);
 
-            if response.status() == StatusCode::SWITCHING_PROTOCOLS
-                && !walk.may_switch(response.headers())
-            {
+            let is_right = if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                walk.may_switch(response.headers())
+            } else {
+                strict::is_framed(response.headers())
+            };
+            if !is_right {
                 tried.ended =
                     Ended::Failed(Failure { kind: FailureKind::BadResponse, written: true });
                 walk.tried(&mut history, &node, tried);
@@ -608,16 +617,35 @@ impl Proxy {
         if walk.method == Method::CONNECT {
             return Err(Problem::MethodRefused);
         }
+        strict::coding(&walk.headers)?;
+        if walk.version == Version::HTTP_10 {
+            // RFC 9110 section 10.1.1: it did not know that yet.
+            walk.headers.remove(header::EXPECT);
+        }
+        strict::expectation(&walk.headers)?;
+        self.inspect_names(walk)?;
+        // RFC 9112 section 3.2.4.
+        if walk.uri.path() == "*" && walk.method != Method::OPTIONS {
+            return Err(Problem::Malformed);
+        }
         let mut hosts = walk.headers.get_all(header::HOST).iter();
         let host = hosts.next();
         // RFC 9112 section 3.2: exactly one, with HTTP/1.1.
         if hosts.next().is_some() || (host.is_none() && walk.version == Version::HTTP_11) {
             return Err(Problem::Malformed);
         }
+        if host.is_some_and(|host| !strict::is_host(host.as_bytes())) {
+            return Err(Problem::Malformed);
+        }
         walk.host = host.cloned();
         if let Some(authority) = walk.uri.authority() {
             // RFC 9112 section 3.2.3: without a scheme it is for CONNECT alone.
-            walk.uri.scheme().ok_or(Problem::Malformed)?;
+            if !matches!(walk.uri.scheme_str(), Some("http" | "https"))
+                // RFC 9110 section 4.2.4: one with a user in it is meant to deceive.
+                || !strict::is_host(authority.as_str().as_bytes())
+            {
+                return Err(Problem::Malformed);
+            }
             // Absolute form: its authority outranks `Host`, and the node gets the origin form.
             walk.host = HeaderValue::from_str(authority.as_str()).ok();
             let asterisk = walk.method == Method::OPTIONS
@@ -640,11 +668,32 @@ impl Proxy {
         Ok(())
     }
 
+    /// What `limits.underscores` says.
+    fn inspect_names(&self, walk: &mut Walk<'_>) -> Result<(), Problem> {
+        let policy = self.config.limits.underscores;
+        if policy == Underscores::Allow || !walk.headers.keys().any(strict::is_underscored) {
+            return Ok(());
+        }
+        if policy == Underscores::Refuse {
+            return Err(Problem::UnderscoreField);
+        }
+        let names = walk.headers.keys().filter(|name| strict::is_underscored(name));
+        for name in names.cloned().collect::<SmallVec<[_; 4]>>() {
+            walk.headers.remove(name);
+            self.shard.underscores_dropped.add(1);
+        }
+        Ok(())
+    }
+
     /// What HTTP/2 says otherwise than HTTP/1.1, in the words of the latter.
     fn inspect_h2(&self, walk: &mut Walk<'_>) -> Result<(), Problem> {
         // RFC 9113 section 6.5.2: h2 bounds their size, and nobody their number.
         if walk.headers.len() > self.config.limits.headers {
             return Err(Problem::HeadTooLarge);
+        }
+        // h2 holds the body to the first of them, and a node of HTTP/1.1 to any.
+        if !strict::has_one_length(&walk.headers) {
+            return Err(Problem::Malformed);
         }
         let authority = walk.uri.authority().map(Authority::as_str);
         let host = walk.headers.get(header::HOST).map(HeaderValue::as_bytes);
@@ -958,6 +1007,11 @@ impl Proxy {
         let (mut parts, incoming) = response.into_parts();
         let switching = parts.status == StatusCode::SWITCHING_PROTOCOLS && walk.upgrade;
         headers::downstream(&mut parts.headers, switching, cluster.config.replay.pass, &self.via);
+        if parts.status == StatusCode::NO_CONTENT {
+            // RFC 9110 section 8.6: a client that believed it would take the next answer for the
+            // body of this one.
+            parts.headers.remove(header::CONTENT_LENGTH);
+        }
         for (name, value) in walk.fields.drain(..) {
             parts.headers.append(name, value);
         }
@@ -1086,12 +1140,10 @@ impl Walk<'_> {
         told.map_or(self.client.origin.secure, |proto| proto == "https")
     }
 
-    /// Whether a node's 101 is what the client asked for. One that nobody asked for can't be
-    /// passed on (RFC 9110 section 15.2.2), and HTTP/2 has no other way to say what it became.
+    /// Whether a node's 101 is what the client asked for. Another can't be passed on (RFC 9110
+    /// sections 7.8 and 15.2.2).
     fn may_switch(&self, head: &http::HeaderMap) -> bool {
-        let to = head.get(header::UPGRADE);
-        let is_websocket = || to.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"));
-        self.upgrade && (self.version != Version::HTTP_2 || is_websocket())
+        self.upgrade && headers::is_asked_for(&self.headers, head)
     }
 
     /// The node whose replay was followed last.

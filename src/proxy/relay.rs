@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::{account::Account, attempt::Connected};
 use crate::{
-    decide::{Problem, outcome::WriteOutcome},
+    decide::{Problem, outcome::WriteOutcome, strict},
     server::Abort,
 };
 
@@ -137,10 +137,15 @@ impl NodeBody {
             self.connected.poll(cx);
             polled = Pin::new(&mut self.incoming).poll_frame(cx);
         }
-        let frame = match polled {
+        let mut frame = match polled {
             Poll::Ready(frame) => frame,
             Poll::Pending => return self.poll_idle(account),
         };
+        if let Some(Ok(frame)) = &mut frame
+            && let Some(trailers) = frame.trailers_mut()
+        {
+            strict::trailers(trailers);
+        }
         let over = match &frame {
             Some(Ok(_)) => self.incoming.is_end_stream(),
             Some(Err(_)) => return Poll::Ready(Some(Err(self.abort(account)))),

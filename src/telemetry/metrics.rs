@@ -131,6 +131,8 @@ families! {
         "Answers with fly-replay.";
     CACHES_IGNORED = counter "litegate_replay_caches_ignored_total" ["cluster"]
         "Replays that were to be remembered, which litegate has no use for.";
+    UNDERSCORES = counter "litegate_underscore_fields_dropped_total" []
+        "Request fields dropped for the underscore in their names: `limits.underscores`.";
     REPLAY_BUFFER = gauge "litegate_replay_buffer_bytes" []
         "Request bodies kept for a replay, as of the last second.";
     HELD = gauge "litegate_held_requests" ["cluster"]
@@ -420,6 +422,8 @@ pub struct Shard {
     problems: Box<[Cell]>,
     /// Bytes in replay buffers.
     pub replay_buffer: Cell,
+    /// Request fields dropped for the underscore in their names.
+    pub underscores_dropped: Cell,
     /// Upgraded connections.
     pub tunnels: Cell,
     tunnels_closed: [Cell; LEAVES.len()],
@@ -858,6 +862,7 @@ impl Metrics {
             nodes: Mutex::default(),
             problems: Problem::ALL.iter().map(|_| Cell::default()).collect(),
             replay_buffer: Cell::default(),
+            underscores_dropped: Cell::default(),
             tunnels: Cell::default(),
             tunnels_closed: Default::default(),
         });
@@ -979,6 +984,7 @@ impl Metrics {
             page.line(PROBLEMS, &[problem.as_str()], n);
         }
         page.one(REPLAY_BUFFER, sum(shards, |s| s.replay_buffer.get()));
+        page.one(UNDERSCORES, sum(shards, |s| s.underscores_dropped.get()));
         page.one(TUNNELS, sum(shards, |s| s.tunnels.get()));
         page.family(TUNNELS_CLOSED);
         for (place, reason) in LEAVES.iter().enumerate() {

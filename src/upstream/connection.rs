@@ -31,6 +31,7 @@ use tokio::{
 use super::{
     h2::{self, H2, Handle},
     interim,
+    lines::Lines,
 };
 use crate::{
     decide::{Failure, FailureKind},
@@ -83,7 +84,10 @@ pub struct Wire {
     heard: Cell<bool>,
     /// What the node said instead of answering, when it looked at our certificate.
     turned_away: Cell<Option<AlertDescription>>,
+    /// The head of the answer has lines that end in another way than the others.
+    split: Cell<bool>,
     interim: interim::Sniffer,
+    lines: Lines,
 }
 
 impl Wire {
@@ -116,6 +120,7 @@ impl Wire {
         self.written.set(false);
         self.answered.set(false);
         self.interim.begin();
+        self.lines.begin();
     }
 }
 
@@ -257,6 +262,7 @@ where
             Ok(Err(_)) if self.wire.turned_away().is_some() => {
                 return Err(Failure { kind: FailureKind::Tls, written: false });
             }
+            Ok(Err(_)) if self.wire.split.get() => FailureKind::BadResponse,
             Ok(Err(error)) if error.is_parse() || error.is_parse_too_large() => {
                 FailureKind::BadResponse
             }
@@ -374,6 +380,10 @@ impl AsyncRead for NodeIo {
             self.wire.answered.set(true);
             self.wire.heard.set(true);
             self.wire.interim.see(new);
+            if !self.wire.lines.see(new) {
+                self.wire.split.set(true);
+                return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+            }
         }
         if let Poll::Ready(Err(error)) = &result
             && !self.wire.heard.get()

@@ -6,6 +6,7 @@ mod dial;
 mod gate;
 mod h2;
 mod interim;
+mod lines;
 mod node;
 
 pub use connection::{Connection, Wire};

@@ -1,0 +1,258 @@
+//! What a parsed head must not say, because two readers could understand it differently.
+//!
+//! What is wrong with its bytes never gets this far: hyper and h2 refuse it, and before hyper the
+//! server's own guard. These are the fields whose values count for framing and routing.
+
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+
+use super::Problem;
+
+/// How the body of a request is coded. RFC 9112 sections 6.1 and 6.3: chunked, once, and last;
+/// litegate knows no other coding.
+///
+/// # Errors
+/// 400 where the end of the body can't be told, 501 where its meaning can't.
+pub fn coding(head: &HeaderMap) -> Result<(), Problem> {
+    let mut lines = head.get_all(header::TRANSFER_ENCODING).iter();
+    let Some(first) = lines.next() else { return Ok(()) };
+    if lines.next().is_some() {
+        return Err(Problem::Malformed);
+    }
+    if is_chunked(first) {
+        return Ok(());
+    }
+    let codings = first.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+    let known = codings.clone().filter(|coding| coding.eq_ignore_ascii_case(b"chunked")).count();
+    let last = codings.clone().next_back().unwrap_or_default();
+    let clear = known == 1
+        && last.eq_ignore_ascii_case(b"chunked")
+        && codings.clone().all(|coding| HeaderName::from_bytes(coding).is_ok());
+    Err(if clear { Problem::UnknownCoding } else { Problem::Malformed })
+}
+
+fn is_chunked(value: &HeaderValue) -> bool {
+    value.as_bytes().eq_ignore_ascii_case(b"chunked")
+}
+
+/// Whether a request's body has one length, if it says any.
+pub fn has_one_length(head: &HeaderMap) -> bool {
+    let mut lines = head.get_all(header::CONTENT_LENGTH).iter();
+    let first = lines.next();
+    first.is_none_or(|first| {
+        let digits = first.as_bytes();
+        !digits.is_empty() && digits.iter().all(u8::is_ascii_digit)
+    }) && lines.next().is_none()
+}
+
+/// Whether a node's answer says in one way only where its body ends (RFC 9112 section 6.3: to
+/// relay it with both would pass on an attempt at response splitting).
+pub fn is_framed(head: &HeaderMap) -> bool {
+    let mut codings = head.get_all(header::TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => has_one_length(head),
+        (Some(coding), None) => is_chunked(coding) && !head.contains_key(header::CONTENT_LENGTH),
+        (Some(_), Some(_)) => false,
+    }
+}
+
+/// What the client expects beyond an answer. RFC 9110 section 10.1.1 knows one thing.
+///
+/// # Errors
+/// 417 for anything else.
+pub fn expectation(head: &HeaderMap) -> Result<(), Problem> {
+    let mut lines = head.get_all(header::EXPECT).iter();
+    let known = |line: &HeaderValue| line.as_bytes().eq_ignore_ascii_case(b"100-continue");
+    match (lines.next(), lines.next()) {
+        (None, _) => Ok(()),
+        (Some(line), None) if known(line) => Ok(()),
+        _ => Err(Problem::UnknownExpectation),
+    }
+}
+
+/// Whether it is `uri-host [ ":" port ]` (RFC 9110 section 7.2, RFC 3986 section 3.2.2) and not
+/// empty (RFC 9110 section 4.2.1).
+pub fn is_host(host: &[u8]) -> bool {
+    let (name, port) = match host.iter().rposition(|byte| *byte == b':') {
+        Some(colon) if !host.get(colon..).unwrap_or_default().contains(&b']') => {
+            (host.get(..colon).unwrap_or_default(), host.get(colon + 1..).unwrap_or_default())
+        }
+        _ => (host, &[][..]),
+    };
+    let literal = name.strip_prefix(b"[").and_then(|name| name.strip_suffix(b"]"));
+    let is_name = match literal {
+        Some(address) => {
+            !address.is_empty()
+                && address.iter().all(|byte| byte.is_ascii_hexdigit() || b":.".contains(byte))
+        }
+        None => is_registered_name(name),
+    };
+    is_name && port.iter().all(u8::is_ascii_digit)
+}
+
+/// `reg-name = *( unreserved / pct-encoded / sub-delims )`, one byte at least.
+fn is_registered_name(name: &[u8]) -> bool {
+    let mut rest = name.iter();
+    while let Some(byte) = rest.next() {
+        let fits = match byte {
+            b'%' => {
+                let hex = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_hexdigit);
+                hex(rest.next()) && hex(rest.next())
+            }
+            byte => byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(byte),
+        };
+        if !fits {
+            return false;
+        }
+    }
+    !name.is_empty()
+}
+
+/// Whether a name means another field to whoever, as CGI and WSGI do, takes `_` for `-`.
+pub fn is_underscored(name: &HeaderName) -> bool {
+    name.as_str().as_bytes().contains(&b'_')
+}
+
+/// Whether a field may come behind a body. RFC 9110 section 6.5.1: not what frames or routes a
+/// message, says who its client is or what it may; whoever merges trailers into the head would
+/// believe it.
+pub fn may_trail(name: &HeaderName) -> bool {
+    let name = name.as_str();
+    let reserved = matches!(
+        name,
+        "content-length"
+            | "transfer-encoding"
+            | "host"
+            | "connection"
+            | "keep-alive"
+            | "proxy-connection"
+            | "te"
+            | "trailer"
+            | "upgrade"
+            | "expect"
+            | "max-forwards"
+            | "range"
+            | "cache-control"
+            | "authorization"
+            | "proxy-authorization"
+            | "proxy-authenticate"
+            | "www-authenticate"
+            | "cookie"
+            | "set-cookie"
+            | "content-encoding"
+            | "content-type"
+            | "content-range"
+            | "location"
+            | "forwarded"
+            | "via"
+            | "x-real-ip"
+            | "client-cert"
+            | "client-cert-chain"
+            | "x-client-cert-subject"
+    );
+    let ours = ["x-forwarded-", "fly-", "litegate-"];
+    !reserved && !ours.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// Takes out of trailers what may not be there.
+pub fn trailers(fields: &mut HeaderMap) {
+    let barred: Vec<_> = fields.keys().filter(|name| !may_trail(name)).cloned().collect();
+    for name in barred {
+        fields.remove(name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(fields: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut head = HeaderMap::new();
+        for (name, value) in fields {
+            head.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        head
+    }
+
+    #[test]
+    fn one_coding_is_known() {
+        let te = "transfer-encoding";
+        for (fields, expected) in [
+            (vec![], Ok(())),
+            (vec![(te, "chunked")], Ok(())),
+            (vec![(te, "Chunked")], Ok(())),
+            (vec![(te, "gzip, chunked")], Err(Problem::UnknownCoding)),
+            (vec![(te, "identity, chunked")], Err(Problem::UnknownCoding)),
+            (vec![(te, "chunked, identity")], Err(Problem::Malformed)),
+            (vec![(te, "chunked, chunked")], Err(Problem::Malformed)),
+            (vec![(te, ", chunked")], Err(Problem::Malformed)),
+            (vec![(te, "x y, chunked")], Err(Problem::Malformed)),
+            (vec![(te, "xchunked")], Err(Problem::Malformed)),
+            (vec![(te, "")], Err(Problem::Malformed)),
+            (vec![(te, "chunked"), (te, "chunked")], Err(Problem::Malformed)),
+        ] {
+            assert_eq!(coding(&head(&fields)), expected, "{fields:?}");
+        }
+    }
+
+    #[test]
+    fn an_answer_is_framed_once() {
+        let (te, cl) = ("transfer-encoding", "content-length");
+        for (fields, framed) in [
+            (vec![], true),
+            (vec![(cl, "5")], true),
+            (vec![(te, "chunked")], true),
+            (vec![(te, "chunked"), (cl, "5")], false),
+            (vec![(cl, "5"), (cl, "5")], false),
+            (vec![(cl, "5, 5")], false),
+            (vec![(cl, "+5")], false),
+            (vec![(te, "gzip, chunked")], false),
+            (vec![(te, "gzip")], false),
+            (vec![(te, "chunked"), (te, "chunked")], false),
+        ] {
+            assert_eq!(is_framed(&head(&fields)), framed, "{fields:?}");
+        }
+    }
+
+    #[test]
+    fn hosts_are_names_or_addresses() {
+        for (host, is) in [
+            ("abaci.one", true),
+            ("a_b-c.one:8080", true),
+            ("a:", true),
+            ("127.0.0.1:80", true),
+            ("[::1]", true),
+            ("[2001:db8::7]:443", true),
+            ("%61", true),
+            ("", false),
+            (":80", false),
+            ("a b", false),
+            ("user@a", false),
+            ("a/b", false),
+            ("a:b", false),
+            ("a:80:80", false),
+            ("[::1", false),
+            ("[]", false),
+            ("a#b", false),
+            ("a?b", false),
+            ("a\\b", false),
+            ("%6", false),
+            ("\u{e9}", false),
+        ] {
+            assert_eq!(is_host(host.as_bytes()), is, "{host}");
+        }
+    }
+
+    #[test]
+    fn what_counts_for_the_head_does_not_trail() {
+        let mut fields = head(&[
+            ("content-length", "5"),
+            ("x-forwarded-for", "9.9.9.9"),
+            ("grpc-status", "0"),
+            ("x-sum", "1"),
+            ("x-sum", "2"),
+        ]);
+        trailers(&mut fields);
+        assert_eq!(fields.len(), 3);
+        assert_eq!(fields.get_all("x-sum").iter().count(), 2);
+    }
+}
