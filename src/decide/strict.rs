@@ -109,7 +109,31 @@ fn is_registered_name(name: &[u8]) -> bool {
 
 /// Whether a name means another field to whoever, as CGI and WSGI do, takes `_` for `-`.
 pub fn is_underscored(name: &HeaderName) -> bool {
-    name.as_str().as_bytes().contains(&b'_')
+    memchr::memchr(b'_', name.as_str().as_bytes()).is_some()
+}
+
+/// Which fields of a request want a look: seldom any, so that one pass over the names will do.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Peculiar {
+    /// `Transfer-Encoding`: see [`coding`].
+    pub coded: bool,
+    /// `Expect`: see [`expectation`].
+    pub expects: bool,
+    /// See [`is_underscored`].
+    pub underscored: bool,
+}
+
+impl Peculiar {
+    /// What there is of them.
+    pub fn of(head: &HeaderMap) -> Self {
+        let mut seen = Self::default();
+        for name in head.keys() {
+            seen.coded |= *name == header::TRANSFER_ENCODING;
+            seen.expects |= *name == header::EXPECT;
+            seen.underscored |= is_underscored(name);
+        }
+        seen
+    }
 }
 
 /// Whether a field may come behind a body. RFC 9110 section 6.5.1: not what frames or routes a
@@ -192,6 +216,13 @@ mod tests {
         ] {
             assert_eq!(coding(&head(&fields)), expected, "{fields:?}");
         }
+    }
+
+    #[test]
+    fn what_wants_a_look_is_seen() {
+        let of = |name| Peculiar::of(&head(&[("host", "a"), (name, "b")]));
+        assert_eq!(of("x-a"), Peculiar::default());
+        assert!(of("transfer-encoding").coded && of("expect").expects && of("x_a").underscored);
     }
 
     #[test]

@@ -43,7 +43,7 @@ use crate::{
         outcome::{Before, WriteOutcome},
         replay::{self, Form, Replay, ReplayError},
         route::Head,
-        strict,
+        strict::{self, Peculiar},
         token::TokenRead,
     },
     net::{
@@ -307,7 +307,7 @@ impl Proxy {
         walk: &mut Walk<'p>,
         body: server::Incoming,
     ) -> Result<Answer, Problem> {
-        self.inspect(walk)?;
+        self.inspect(walk, !body.is_end_stream())?;
         let host = walk.host.as_ref().and_then(|host| host.to_str().ok());
         let head = Head {
             method: &walk.method,
@@ -341,10 +341,7 @@ impl Proxy {
             walk.preferred = walk.headers.get(&PREFER_INSTANCE).cloned();
         }
         cluster.budget.borrow_mut().request(now.into_std());
-        if body.is_end_stream() {
-            // RFC 9110 section 10.1.1: it is about a body.
-            walk.headers.remove(header::EXPECT);
-        } else {
+        if !body.is_end_stream() {
             let (conn, kept) = (Rc::clone(walk.conn), Rc::clone(&self.kept));
             walk.upload = Some(Upload::new(body, conn, kept, cluster.config.replay.buffer, now));
         }
@@ -606,7 +603,7 @@ impl Proxy {
     }
 
     /// What can be said of a head without routes.
-    fn inspect(&self, walk: &mut Walk<'_>) -> Result<(), Problem> {
+    fn inspect(&self, walk: &mut Walk<'_>, has_body: bool) -> Result<(), Problem> {
         let target = walk.uri.path_and_query().map_or(0, |target| target.as_str().len());
         if target > self.config.limits.uri_bytes {
             return Err(Problem::UriTooLong);
@@ -617,13 +614,22 @@ impl Proxy {
         if walk.method == Method::CONNECT {
             return Err(Problem::MethodRefused);
         }
-        strict::coding(&walk.headers)?;
-        if walk.version == Version::HTTP_10 {
-            // RFC 9110 section 10.1.1: it did not know that yet.
-            walk.headers.remove(header::EXPECT);
+        let peculiar = Peculiar::of(&walk.headers);
+        if peculiar.coded {
+            strict::coding(&walk.headers)?;
         }
-        strict::expectation(&walk.headers)?;
-        self.inspect_names(walk)?;
+        if peculiar.expects {
+            // RFC 9110 section 10.1.1: HTTP/1.0 did not know it yet, and it is about a body.
+            if walk.version != Version::HTTP_10 {
+                strict::expectation(&walk.headers)?;
+            }
+            if walk.version == Version::HTTP_10 || !has_body {
+                walk.headers.remove(header::EXPECT);
+            }
+        }
+        if peculiar.underscored {
+            self.inspect_names(walk)?;
+        }
         // RFC 9112 section 3.2.4.
         if walk.uri.path() == "*" && walk.method != Method::OPTIONS {
             return Err(Problem::Malformed);
@@ -670,12 +676,10 @@ impl Proxy {
 
     /// What `limits.underscores` says.
     fn inspect_names(&self, walk: &mut Walk<'_>) -> Result<(), Problem> {
-        let policy = self.config.limits.underscores;
-        if policy == Underscores::Allow || !walk.headers.keys().any(strict::is_underscored) {
-            return Ok(());
-        }
-        if policy == Underscores::Refuse {
-            return Err(Problem::UnderscoreField);
+        match self.config.limits.underscores {
+            Underscores::Allow => return Ok(()),
+            Underscores::Refuse => return Err(Problem::UnderscoreField),
+            Underscores::Drop => {}
         }
         let names = walk.headers.keys().filter(|name| strict::is_underscored(name));
         for name in names.cloned().collect::<SmallVec<[_; 4]>>() {

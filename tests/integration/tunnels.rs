@@ -94,3 +94,25 @@ async fn a_drain_says_goodbye_to_websockets() {
     let ended = tokio::task::spawn_blocking(move || running.join()).await.expect("it ends");
     assert_eq!(ended, Ended::Drained);
 }
+
+#[tokio::test]
+async fn what_comes_ahead_of_the_switch_is_no_request() {
+    let gate = gate("").await;
+    let mut conn = gate.conn().await;
+    let head = "GET /upgrade HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n";
+    // What no head may have.
+    let ahead = b"\n\0GET / HTTP/1.1\n#\r\r\n\r\n";
+    conn.send([head.as_bytes(), ahead].concat()).await.expect("litegate reads");
+    // It may come in one piece with the head.
+    let mut came = Vec::new();
+    let mut sent = ahead.to_vec();
+    while !came.ends_with(&sent) {
+        let read = timeout(PATIENCE, conn.stream.read_buf(&mut came)).await;
+        assert!(read.expect("in time").expect("the tunnel is open") > 0);
+        if came.ends_with(ahead) {
+            conn.send(b"\nmore").await.expect("the tunnel is open");
+            sent.extend_from_slice(b"\nmore");
+        }
+    }
+    assert!(came.starts_with(b"HTTP/1.1 101 "));
+}

@@ -23,7 +23,7 @@ mod rows;
 /// For litegate, which answers.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// For the naive forwarder, whose rows fail either way.
-const IMPATIENCE: Duration = Duration::from_millis(500);
+const IMPATIENCE: Duration = Duration::from_secs(3);
 
 /// litegate before that node, and only it.
 async fn gate(node: &Node, more: &str) -> Gate {
