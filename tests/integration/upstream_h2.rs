@@ -403,3 +403,92 @@ async fn a_websocket_is_a_stream_where_the_node_says_so_and_http1_elsewhere() {
         }
     }
 }
+
+/// Two requests are under way when the node says that it looks at the first alone: the second is
+/// sent again, though it writes, and the first is answered.
+#[tokio::test]
+async fn streams_above_the_last_are_sent_again_and_those_below_finish() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+    let address = listener.local_addr().expect("bound");
+    let requests = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&requests);
+    tokio::spawn(async move {
+        let (mut first, _) = listener.accept().await.expect("a connection");
+        first.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.expect("settings go out");
+        first.read_exact(&mut [0; 24]).await.expect("a preface");
+        let mut heads = 0;
+        while heads < 2 {
+            let mut head = [0; 9];
+            first.read_exact(&mut head).await.expect("a frame");
+            let length = usize::from(head[1]) * 256 + usize::from(head[2]);
+            first.read_exact(&mut vec![0; length]).await.expect("its payload");
+            heads += usize::from(head[3] == 1);
+        }
+        // GOAWAY with stream 1, and then its answer: `:status: 200` (RFC 7541 appendix A).
+        first.write_all(&[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]).await.expect("out");
+        let (socket, _) = listener.accept().await.expect("another connection");
+        tokio::spawn(serve(socket, Fault::None, counted));
+        first.write_all(&[0, 0, 1, 1, 5, 0, 0, 0, 1, 0x88]).await.expect("it goes out");
+        let _ = first.read_to_end(&mut Vec::new()).await;
+    });
+    let node = Node { address, connections: Arc::default(), requests };
+    let gate = node.gate("").await;
+    let (one, two) = tokio::join!(gate.send("POST", "/one", b"x"), gate.send("POST", "/two", b"x"));
+    assert_eq!((one.status, two.status), (200, 200), "{} {}", one.text(), two.text());
+    assert_eq!(node.requests.load(Ordering::SeqCst), 1, "one ran on either connection");
+}
+
+/// A node that keeps going away, as for a roll-out: nothing is lost and nothing runs twice.
+#[tokio::test]
+async fn a_node_that_goes_away_gracefully_loses_no_write() {
+    use std::{collections::HashMap, sync::Mutex};
+
+    const EACH: usize = 5;
+    const WRITES: usize = 100;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+    let address = listener.local_addr().expect("bound");
+    let node = Node { address, connections: Arc::default(), requests: Arc::default() };
+    let ran: Arc<Mutex<HashMap<String, usize>>> = Arc::default();
+    let (counted, connections) = (Arc::clone(&ran), Arc::clone(&node.connections));
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            connections.fetch_add(1, Ordering::SeqCst);
+            let counted = Arc::clone(&counted);
+            tokio::spawn(async move {
+                let Ok(mut connection) = h2::server::handshake(socket).await else { return };
+                let mut taken = 0;
+                while let Some(Ok((request, respond))) = connection.accept().await {
+                    let path = request.uri().path().to_owned();
+                    *counted.lock().expect("no panic before").entry(path).or_default() += 1;
+                    tokio::spawn(answer(request, respond));
+                    taken += 1;
+                    if taken == EACH {
+                        connection.graceful_shutdown();
+                    }
+                }
+            });
+        }
+    });
+    let gate = node.gate("").await;
+    let mut tasks = tokio::task::JoinSet::new();
+    for client in 0..10 {
+        let address = gate.address();
+        tasks.spawn(async move {
+            for n in 0..WRITES / 10 {
+                let path = format!("/{client}/{n}");
+                let answer = client::request(address, "POST", &path, "", b"x").await;
+                let answer = answer.expect("an answer");
+                assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+            }
+        });
+    }
+    while let Some(ended) = timeout(SOON, tasks.join_next()).await.expect("in time") {
+        ended.expect("every write is answered");
+    }
+    let ran = ran.lock().expect("no panic before");
+    assert_eq!(ran.len(), WRITES);
+    assert!(ran.values().all(|times| *times == 1), "{ran:?}");
+    assert!(node.connections.load(Ordering::SeqCst) > 1);
+}
