@@ -4,6 +4,7 @@ use std::{
     io::{IsTerminal as _, Write as _},
     path::PathBuf,
     process::ExitCode,
+    sync::Arc,
     time::Duration,
 };
 
@@ -12,6 +13,7 @@ use http::HeaderValue;
 
 use crate::{
     config::units,
+    net::tls,
     verify::{
         self, Carry, Settings, Target, Template, Workload,
         judge::Breach,
@@ -36,6 +38,7 @@ acknowledged write must be there once, and nobody may have read less than it had
   litegate verify http://10.0.0.7:8080 http://10.0.0.8:8080        two instances, in turn
   litegate verify http://abaci.one --append 'POST /api/notes/{key}' --set 'PUT /api/notes/{key}' \\
       --read 'GET /api/notes/{key}' --body '{\"text\":\"{value}\"}' --content-type application/json
+  litegate verify https://10.0.0.7:8443 --host abaci.one --ca ca.crt    TLS, by HTTP/2 or HTTP/1.1
   litegate verify http://abaci.one --workload append --allow lost  asynchronous replication, and a
                                                                    primary that will be killed
 
@@ -84,6 +87,13 @@ pub(super) struct Verify {
     /// The Host header, where the URLs are addresses
     #[arg(long)]
     host: Option<HeaderValue>,
+    /// Who signs the certificates of https URLs, a PEM file; may be given several times. Without it
+    /// whoever the system trusts
+    #[arg(long, value_name = "FILE")]
+    ca: Vec<PathBuf>,
+    /// Believe whoever answers at an https URL
+    #[arg(long, conflicts_with = "ca")]
+    insecure: bool,
     /// When a client gives up on a request: longer than litegate holds one
     #[arg(long, default_value = "40s", value_parser = units::duration)]
     timeout: Duration,
@@ -134,10 +144,17 @@ fn breach(text: &str) -> Result<Breach, String> {
 }
 
 impl Verify {
-    fn settings(&self) -> Settings {
-        Settings {
+    fn settings(&self) -> Result<Settings, String> {
+        let tls = if self.urls.iter().any(Target::is_secure) {
+            let config = tls::client(self.ca.clone(), self.insecure);
+            Some(Arc::new(config.map_err(|error| error.to_string())?))
+        } else {
+            None
+        };
+        Ok(Settings {
             targets: self.urls.clone(),
             host: self.host.clone(),
+            tls,
             clients: self.clients,
             carry: match self.kind {
                 As::Browser => vec![Carry::Cookies],
@@ -162,7 +179,7 @@ impl Verify {
             settle: self.settle,
             empty_is_success: self.allow.contains(&Breach::Empty),
             run: fastrand::u32(..),
-        }
+        })
     }
 }
 
@@ -188,7 +205,7 @@ pub(super) fn verify(arguments: &Verify) -> ExitCode {
     };
     let run = runtime
         .map_err(|error| error.to_string())
-        .and_then(|runtime| runtime.block_on(verify::run(arguments.settings(), stop, progress)));
+        .and_then(|runtime| runtime.block_on(verify::run(arguments.settings()?, stop, progress)));
     if live {
         eprint!("\r\x1b[K");
     }

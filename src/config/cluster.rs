@@ -265,7 +265,8 @@ pub enum UpstreamProtocol {
     /// HTTP/1.1
     #[default]
     Http1,
-    /// HTTP/2, in clear text by prior knowledge. An upgrade still goes by HTTP/1.1.
+    /// HTTP/2, in clear text by prior knowledge. Upgrades that nodes do not take there go by
+    /// HTTP/1.1.
     H2,
     /// Over TLS, what the node chooses.
     Auto,

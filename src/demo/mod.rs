@@ -112,6 +112,7 @@ fn settings(targets: &[SocketAddr]) -> Result<Settings, String> {
     Ok(Settings {
         targets: targets.collect::<Result<_, _>>()?,
         host: None,
+        tls: None,
         clients: CLIENTS,
         carry: vec![Carry::Cookies, Carry::Token],
         // It is stopped from outside.

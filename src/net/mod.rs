@@ -19,6 +19,8 @@ use std::{
     time::Duration,
 };
 
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -35,6 +37,8 @@ pub enum Stream {
     Tls(Box<TlsStream<TcpStream>>),
     /// A stream of an HTTP/2 connection that became a tunnel.
     Tunnel(Box<Tunnel>),
+    /// The same, where hyper has the connection.
+    Upgraded(Box<TokioIo<Upgraded>>),
     /// Through a network in memory and in virtual time.
     #[cfg(test)]
     #[allow(private_interfaces, reason = "tests alone have it")]
@@ -65,7 +69,7 @@ impl Stream {
         match self {
             Self::Plain(socket) => Some(socket),
             Self::Tls(session) => Some(session.get_ref().0),
-            Self::Tunnel(_) => None,
+            Self::Tunnel(_) | Self::Upgraded(_) => None,
             #[cfg(test)]
             Self::Simulated(_) => None,
         }
@@ -132,6 +136,7 @@ impl AsyncRead for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_read(cx, buf),
             Self::Tls(session) => Pin::new(session).poll_read(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Upgraded(stream) => Pin::new(stream).poll_read(cx, buf),
             #[cfg(test)]
             Self::Simulated(socket) => Pin::new(socket).poll_read(cx, buf),
         }
@@ -148,6 +153,7 @@ impl AsyncWrite for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_write(cx, buf),
             Self::Tls(session) => Pin::new(session).poll_write(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Upgraded(stream) => Pin::new(stream).poll_write(cx, buf),
             #[cfg(test)]
             Self::Simulated(socket) => Pin::new(socket).poll_write(cx, buf),
         }
@@ -162,6 +168,7 @@ impl AsyncWrite for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
             Self::Tls(session) => Pin::new(session).poll_write_vectored(cx, bufs),
             Self::Tunnel(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Upgraded(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             #[cfg(test)]
             Self::Simulated(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
         }
@@ -176,6 +183,7 @@ impl AsyncWrite for Stream {
             Self::Plain(_) => Poll::Ready(Ok(())),
             Self::Tls(session) => Pin::new(session).poll_flush(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Upgraded(stream) => Pin::new(stream).poll_flush(cx),
             #[cfg(test)]
             Self::Simulated(socket) => Pin::new(socket).poll_flush(cx),
         }
@@ -186,6 +194,7 @@ impl AsyncWrite for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_shutdown(cx),
             Self::Tls(session) => Pin::new(session).poll_shutdown(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Upgraded(stream) => Pin::new(stream).poll_shutdown(cx),
             #[cfg(test)]
             Self::Simulated(socket) => Pin::new(socket).poll_shutdown(cx),
         }

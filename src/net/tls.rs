@@ -382,11 +382,20 @@ impl Files {
     }
 }
 
-/// Whoever the system trusts.
+/// For a client of anybody's, which knows by name whom it wants: `authorities` as in [`Files`].
 ///
 /// # Errors
-/// It trusts nobody.
-pub fn system_roots() -> Result<RootCertStore, FileError> {
+/// What is wrong with one of the files.
+pub fn client(authorities: Vec<PathBuf>, unverified: bool) -> Result<ClientConfig, FileError> {
+    let files = Files { cluster: "".into(), authorities, name: None, own: None, unverified };
+    let (config, _) = files.build()?;
+    let mut config = ClientConfig::clone(&config);
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+/// Whoever the system trusts.
+fn system_roots() -> Result<RootCertStore, FileError> {
     let mut roots = RootCertStore::empty();
     let found = rustls_native_certs::load_native_certs();
     // Some systems have a few that nobody could use.
@@ -403,7 +412,7 @@ pub fn system_roots() -> Result<RootCertStore, FileError> {
 
 /// Believes everybody.
 #[derive(Debug)]
-pub struct Unverified(pub Arc<CryptoProvider>);
+struct Unverified(Arc<CryptoProvider>);
 
 impl ServerCertVerifier for Unverified {
     fn verify_server_cert(

@@ -98,6 +98,8 @@ pub(super) struct Try<'a> {
     pub(super) upload: Option<&'a Upload>,
     /// What may be spoken.
     pub(super) offer: Offer,
+    /// It asks for a WebSocket: HTTP/2 serves if the node says that it takes those.
+    pub(super) websocket: bool,
     /// Whom the connection to the node is to speak for.
     pub(super) speaks_for: Option<Introduction>,
     /// The client waits for `100 Continue`.
@@ -137,8 +139,9 @@ pub(super) async fn run(
     mut head: impl FnMut() -> Request<()>,
 ) -> Result<(Response<Incoming>, Box<Connection<RequestBody>>), Trouble> {
     let mut began = this.began;
+    let mut offer = this.offer;
     loop {
-        let pooled = match this.offer {
+        let pooled = match offer {
             Offer::Http1 => node.take_idle(began, this.speaks_for),
             Offer::H2 => node.shared(this.speaks_for),
             Offer::Either => {
@@ -148,10 +151,18 @@ pub(super) async fn run(
         let (mut connection, reused) = if let Some(connection) = pooled {
             (connection, true)
         } else {
-            let (connection, fresh) = open(this, node).await.map_err(Trouble::Node)?;
+            let (connection, fresh) = open(this, node, offer).await.map_err(Trouble::Node)?;
             began = Instant::now();
             (connection, !fresh)
         };
+        if this.websocket && connection.is_shared() {
+            let takes = timeout(this.connect, connection.takes_websockets()).await;
+            if !takes.unwrap_or(false) {
+                offer = Offer::Http1;
+                continue;
+            }
+            began = Instant::now();
+        }
         match exchange(this, &mut connection, head(), began).await {
             // The node closed a kept-alive connection just then, and nothing of the request has
             // left: not an attempt yet.
@@ -173,10 +184,11 @@ pub(super) async fn run(
 async fn open(
     this: &Try<'_>,
     node: &Node,
+    offer: Offer,
 ) -> Result<(Box<Connection<RequestBody>>, bool), Failure> {
     let limit = this.connect;
     let began = Instant::now();
-    let may_share = match this.offer {
+    let may_share = match offer {
         Offer::Http1 => false,
         Offer::H2 => true,
         Offer::Either => node.agreed_h2.get() != Some(false),
@@ -189,14 +201,14 @@ async fn open(
             return Ok((connection, false));
         }
         // The first may have found that there is nothing to share.
-        (this.offer == Offer::H2 || node.agreed_h2.get() != Some(false)).then_some(opening)
+        (offer == Offer::H2 || node.agreed_h2.get() != Some(false)).then_some(opening)
     } else {
         None
     };
     let left = limit.saturating_sub(began.elapsed());
     let opened =
-        upstream::open(node.address, node.tls.as_ref(), this.offer, this.speaks_for, left).await;
-    if this.offer == Offer::Either
+        upstream::open(node.address, node.tls.as_ref(), offer, this.speaks_for, left).await;
+    if offer == Offer::Either
         && let Ok(opened) = &opened
     {
         node.agreed_h2.set(Some(matches!(opened, Opened::H2(_))));

@@ -58,6 +58,7 @@ use crate::{
         },
     },
     topology::{PrimaryGap, Role, Saw, Source, Topology, position::Reach},
+    upstream::is_websocket,
 };
 
 mod account;
@@ -909,15 +910,17 @@ impl Proxy {
             (Class::Write, _) => false,
             (Class::Read, _) => cluster.is_silent_alone(node.id, now),
         };
+        let websocket = walk.upgrade && is_websocket(&walk.method, &walk.headers);
         let this = Try {
             conn: walk.conn,
             upload: walk.upload.as_ref(),
             offer: match cluster.config.upstream.protocol {
-                UpstreamProtocol::H2 if !walk.upgrade => Offer::H2,
-                UpstreamProtocol::Auto if !walk.upgrade => Offer::Either,
-                // An upgrade is HTTP/1.1's.
+                UpstreamProtocol::H2 if !walk.upgrade || websocket => Offer::H2,
+                UpstreamProtocol::Auto if !walk.upgrade || websocket => Offer::Either,
+                // Any other upgrade is HTTP/1.1's.
                 _ => Offer::Http1,
             },
+            websocket,
             speaks_for: walk.client.introduction(cluster.config.send_proxy),
             expects_continue,
             interim: walk.version != Version::HTTP_10,
@@ -1061,7 +1064,7 @@ impl Proxy {
             walk.conn.take_over(Box::new(move |client, from_client| {
                 Box::pin(async move {
                     shard.tunnels.add(1);
-                    let Some((node, from_node)) = connection.into_stream().await else {
+                    let Some((node, from_node, carrier)) = connection.into_stream().await else {
                         shard.tunnels.sub(1);
                         return;
                     };
@@ -1084,6 +1087,7 @@ impl Proxy {
                     };
                     let sides = Sides { client, from_client, node, from_node, websocket };
                     let left = upgrade::join(sides, idle, leave).await;
+                    drop(carrier);
                     shard.tunnels.sub(1);
                     if let Some(left) = left {
                         shard.tunnel_closed(left);

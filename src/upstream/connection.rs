@@ -16,15 +16,17 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use hyper::{
     body::{Body, Incoming},
     client::conn::http1,
+    upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
 use rustls::AlertDescription;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::Notify,
     time::Instant,
 };
 
@@ -55,6 +57,8 @@ pub struct Connection<B: Body + 'static> {
     idle_since: Instant,
     /// Counts it as open for as long as it is there.
     opened: Option<Opened>,
+    /// The stream of HTTP/2 that became a tunnel.
+    tunnel: Option<OnUpgrade>,
 }
 
 /// What is spoken on it.
@@ -88,9 +92,53 @@ pub struct Wire {
     split: Cell<bool>,
     interim: interim::Sniffer,
     lines: Lines,
+    /// Of HTTP/2.
+    greeting: Option<Greeting>,
+}
+
+/// The node's first frame: its SETTINGS (RFC 9113 section 3.4).
+#[derive(Debug, Default)]
+struct Greeting {
+    /// Bytes that came.
+    seen: Cell<usize>,
+    /// The first three: its length.
+    length: Cell<usize>,
+    complete: Cell<bool>,
+    completed: Notify,
+}
+
+impl Greeting {
+    fn see(&self, new: &[u8]) {
+        const HEAD: usize = 9; // RFC 9113 section 4.1
+        if self.complete.get() {
+            return;
+        }
+        for byte in new.iter().take(3_usize.saturating_sub(self.seen.get())) {
+            self.length.set(self.length.get() << 8 | usize::from(*byte));
+        }
+        self.seen.set(self.seen.get() + new.len());
+        if self.seen.get() >= HEAD + self.length.get() {
+            self.complete.set(true);
+            self.completed.notify_waiters();
+        }
+    }
 }
 
 impl Wire {
+    /// For a connection that many exchanges share.
+    pub(super) fn of_h2() -> Self {
+        Self { greeting: Some(Greeting::default()), ..Self::default() }
+    }
+
+    /// Waits until the node has said what it allows. Whoever waits is woken after its frame was
+    /// looked into.
+    pub(super) async fn greeted(&self) {
+        let Some(greeting) = &self.greeting else { return };
+        while !greeting.complete.get() {
+            greeting.completed.notified().await;
+        }
+    }
+
     /// Whether the node would not have our certificate, or none, and so has seen no request.
     pub fn turned_away(&self) -> Option<AlertDescription> {
         self.turned_away.get()
@@ -152,6 +200,7 @@ where
             speaks_for,
             idle_since: Instant::now(),
             opened: None,
+            tunnel: None,
         })
     }
 
@@ -165,6 +214,7 @@ where
             speaks_for,
             idle_since: Instant::now(),
             opened: None,
+            tunnel: None,
         }
     }
 
@@ -282,7 +332,7 @@ where
         let Speaks::H2(handle) = &self.speaks else {
             return Err(Failure { kind: FailureKind::Closed, written: true });
         };
-        handle.translate(&mut request);
+        let websocket = handle.translate(&mut request);
         // hyper does not show a node's interim answers here.
         self.wire.continue_anyway();
         let mut sender = handle.sender();
@@ -294,7 +344,13 @@ where
         })
         .await;
         let (kind, written) = match result {
-            Some(Ok(response)) => return Ok(response),
+            Some(Ok(mut response)) => {
+                if let Some(key) = websocket.filter(|_| response.status() == StatusCode::OK) {
+                    self.tunnel = Some(hyper::upgrade::on(&mut response));
+                    h2::switch(&mut response, &key);
+                }
+                return Ok(response);
+            }
             None => (FailureKind::ResponseTimeout, true),
             Some(Err(_)) if handle.wire().turned_away().is_some() => {
                 self.wire.turned_away.set(handle.wire().turned_away());
@@ -321,9 +377,32 @@ where
         }
     }
 
-    /// After a 101: takes the socket out of HTTP, with what the node already sent on it. `None`:
-    /// it is not this exchange's alone.
-    pub async fn into_stream(mut self: Box<Self>) -> Option<(Stream, Bytes)> {
+    /// Whether a WebSocket can go over it as a stream among others (RFC 8441 section 3): the node
+    /// says so when it greets.
+    pub async fn takes_websockets(&self) -> bool {
+        match &self.speaks {
+            Speaks::Http1 { .. } => false,
+            Speaks::H2(handle) => {
+                handle.wire().greeted().await;
+                handle.takes_websockets()
+            }
+        }
+    }
+
+    /// Whether others use it too.
+    pub fn is_shared(&self) -> bool {
+        matches!(self.speaks, Speaks::H2(_))
+    }
+
+    /// After a 101: takes the socket out of HTTP, with what the node already sent on it, or a
+    /// stream, with the hold on the connection that carries it. `None`: it broke.
+    pub async fn into_stream(mut self: Box<Self>) -> Option<(Stream, Bytes, Option<Handle<B>>)> {
+        if let Some(tunnel) = self.tunnel.take()
+            && let Speaks::H2(handle) = self.speaks
+        {
+            let stream = Stream::Upgraded(Box::new(TokioIo::new(tunnel.await.ok()?)));
+            return Some((stream, Bytes::new(), Some(handle)));
+        }
         poll_fn(|cx| {
             self.poll_driver(cx);
             match self.speaks {
@@ -334,7 +413,7 @@ where
         .await;
         let Speaks::Http1 { driver, .. } = self.speaks else { return None };
         let parts = driver.into_parts();
-        Some((parts.io.into_inner().stream, parts.read_buf))
+        Some((parts.io.into_inner().stream, parts.read_buf, None))
     }
 }
 
@@ -380,6 +459,9 @@ impl AsyncRead for NodeIo {
             self.wire.answered.set(true);
             self.wire.heard.set(true);
             self.wire.interim.see(new);
+            if let Some(greeting) = &self.wire.greeting {
+                greeting.see(new);
+            }
             if !self.wire.lines.see(new) {
                 self.wire.split.set(true);
                 return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));

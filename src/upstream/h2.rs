@@ -6,20 +6,24 @@
 use std::{
     cell::{Cell, RefCell},
     error::Error as _,
-    future::Future,
+    future::{Future, poll_fn},
     io,
     net::SocketAddr,
+    pin::Pin,
     rc::Rc,
+    task::Poll,
     time::Duration,
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
 use http::{
-    HeaderValue, Request, Uri, Version, header,
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
     uri::{Authority, Scheme},
 };
-use hyper::{body::Body, client::conn::http2, rt::Executor};
+use hyper::{body::Body, client::conn::http2, ext::Protocol, rt::Executor};
 use hyper_util::rt::TokioIo;
+use sha1::{Digest as _, Sha1};
 use tokio::{task::JoinSet, time::Instant};
 
 use super::connection::{NodeIo, Wire};
@@ -63,12 +67,23 @@ impl Drop for Tasks {
     }
 }
 
+/// A question to hyper's end of a connection, which alone knows what the node allows.
+struct Asked(Box<dyn Fn() -> bool>);
+
+impl std::fmt::Debug for Asked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Asked")
+    }
+}
+
 /// A connection.
 #[derive(Debug)]
 pub struct H2<B: Body + 'static> {
     sender: http2::SendRequest<B>,
     _tasks: Tasks,
     wire: Rc<Wire>,
+    /// Whether the node has said that it takes WebSockets.
+    websockets: Asked,
     scheme: Scheme,
     address: SocketAddr,
     speaks_for: Option<Introduction>,
@@ -96,7 +111,7 @@ where
         B: Unpin,
     {
         let tasks = Tasks::default();
-        let wire = Rc::new(Wire::default());
+        let wire = Rc::new(Wire::of_h2());
         let io = NodeIo { stream, wire: Rc::clone(&wire) };
         let (sender, driver) = http2::Builder::new(tasks.0.clone())
             .initial_stream_window_size(STREAM_WINDOW)
@@ -105,11 +120,27 @@ where
             .handshake(TokioIo::new(io))
             .await
             .map_err(io::Error::other)?;
-        tasks.0.execute(driver);
+        let driver = Rc::new(RefCell::new(Some(driver)));
+        let known = Rc::clone(&driver);
+        tasks.0.execute(poll_fn(move |cx| {
+            let mut driver = driver.borrow_mut();
+            let polled = driver.as_mut().map(|driver| Pin::new(driver).poll(cx));
+            if polled.as_ref().is_none_or(Poll::is_ready) {
+                // Whoever waits for an answer hears of the end when hyper's end is gone.
+                *driver = None;
+                return Poll::Ready(());
+            }
+            Poll::Pending
+        }));
+        let websockets = Asked(Box::new(move || {
+            let known = known.borrow();
+            known.as_ref().is_some_and(http2::Connection::is_extended_connect_protocol_enabled)
+        }));
         Ok(Rc::new(Self {
             sender,
             _tasks: tasks,
             wire,
+            websockets,
             scheme: if secure { Scheme::HTTPS } else { Scheme::HTTP },
             address,
             speaks_for,
@@ -175,6 +206,11 @@ where
         self.0.sender.clone()
     }
 
+    /// Whether the node has said that it takes WebSockets.
+    pub fn takes_websockets(&self) -> bool {
+        (self.0.websockets.0)()
+    }
+
     /// What is known of the socket below.
     pub fn wire(&self) -> &Wire {
         &self.0.wire
@@ -186,9 +222,16 @@ where
     }
 
     /// Says what HTTP/1.1 says as HTTP/2 does: the authority in place of `Host` (RFC 9113 section
-    /// 8.3.1), and nothing of the connection (section 8.2.2).
-    pub fn translate(&self, request: &mut Request<B>) {
+    /// 8.3.1), and nothing of the connection (section 8.2.2). What asks for a WebSocket becomes an
+    /// extended CONNECT (RFC 8441 section 5); returns the key that it came with.
+    pub fn translate(&self, request: &mut Request<B>) -> Option<HeaderValue> {
         *request.version_mut() = Version::HTTP_2;
+        let websocket = is_websocket(request.method(), request.headers());
+        let key = websocket.then(|| request.headers_mut().remove(header::SEC_WEBSOCKET_KEY));
+        if websocket {
+            *request.method_mut() = Method::CONNECT;
+            request.extensions_mut().insert(Protocol::from_static("websocket"));
+        }
         let head = request.headers_mut();
         for name in [header::CONNECTION, header::TRANSFER_ENCODING, header::UPGRADE] {
             head.remove(name);
@@ -205,6 +248,28 @@ where
         if let Some(te) = request.headers_mut().get_mut(header::TE) {
             *te = HeaderValue::from_static("trailers");
         }
+        key.map(|key| key.unwrap_or(HeaderValue::from_static("")))
+    }
+}
+
+/// Whether a request asks for a WebSocket, in HTTP/1.1's words (RFC 6455 section 4.1).
+pub fn is_websocket(method: &Method, head: &HeaderMap) -> bool {
+    let to = head.get(header::UPGRADE);
+    method == Method::GET && to.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"))
+}
+
+/// Makes the answer to an extended CONNECT the one that HTTP/1.1 has for a WebSocket (RFC 6455
+/// section 4.2.2).
+pub fn switch<T>(response: &mut Response<T>, key: &HeaderValue) {
+    const GUID: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
+    let digest = Sha1::new().chain_update(key.as_bytes()).chain_update(GUID).finalize();
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let head = response.headers_mut();
+    head.remove(header::CONTENT_LENGTH);
+    head.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    head.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    if let Ok(accept) = HeaderValue::from_str(&BASE64.encode(digest)) {
+        head.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
     }
 }
 
@@ -216,4 +281,20 @@ pub fn is_unprocessed(error: &hyper::Error) -> bool {
         let refused = cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM);
         cause.is_remote() && (refused || cause.is_go_away())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_accepted_as_the_standard_shows() {
+        // RFC 6455 section 1.3.
+        let key = HeaderValue::from_static("dGhlIHNhbXBsZSBub25jZQ==");
+        let mut response = Response::new(());
+        switch(&mut response, &key);
+        let accept = response.headers().get(header::SEC_WEBSOCKET_ACCEPT).unwrap();
+        assert_eq!(accept, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+        assert_eq!(response.status(), 101);
+    }
 }

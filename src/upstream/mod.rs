@@ -12,5 +12,5 @@ mod node;
 pub use connection::{Connection, Wire};
 pub use dial::{ConnectError, Opened, open};
 pub use gate::{Full, Gate, Place};
-pub use h2::H2;
+pub use h2::{H2, Handle, is_websocket};
 pub use node::{Limits, Upstream, Upstreams};

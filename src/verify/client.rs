@@ -1,14 +1,24 @@
-//! One HTTP/1.1 client of the judge: kept-alive connections, what it carries from answer to
-//! request, and nothing repeated that a server may have seen.
+//! One client of the judge, by HTTP/1.1 or, where TLS agrees on it, HTTP/2: kept-alive connections,
+//! what it carries from answer to request, and nothing repeated that a server may have seen.
 
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
-use tokio::{net::TcpStream, task::JoinHandle, time::timeout};
+use hyper::{
+    body::Incoming,
+    client::conn::{TrySendError, http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::{ClientConfig, pki_types::ServerName};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_rustls::TlsConnector;
 
 use super::memory::Memory;
 
@@ -18,6 +28,8 @@ const BODY: usize = 8 << 20;
 /// Where requests go.
 #[derive(Clone, Debug)]
 pub struct Target {
+    /// By TLS.
+    secure: bool,
     host: String,
     port: u16,
     authority: HeaderValue,
@@ -30,20 +42,25 @@ impl std::str::FromStr for Target {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let uri: Uri = text.parse().map_err(|error| format!("not a URL: {text}: {error}"))?;
-        match uri.scheme_str() {
-            Some("http") => {}
-            Some("https") => {
-                return Err(format!("TLS is not spoken yet; give litegate's http address: {text}"));
-            }
+        let secure = match uri.scheme_str() {
+            Some("http") => false,
+            Some("https") => true,
             _ => return Err(format!("write it like http://litegate.example:8080, not {text}")),
-        }
+        };
         let authority = uri.authority().ok_or(format!("no host in {text}"))?;
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-        let port = authority.port_u16().unwrap_or(80);
+        let port = authority.port_u16().unwrap_or(if secure { 443 } else { 80 });
         let authority = HeaderValue::try_from(authority.as_str())
             .map_err(|error| format!("not a host: {text}: {error}"))?;
         let prefix = uri.path().trim_end_matches('/').to_owned();
-        Ok(Self { host, port, authority, prefix })
+        Ok(Self { secure, host, port, authority, prefix })
+    }
+}
+
+impl Target {
+    /// Whether TLS is spoken there.
+    pub fn is_secure(&self) -> bool {
+        self.secure
     }
 }
 
@@ -61,6 +78,7 @@ pub(super) struct Client {
     targets: Arc<[Target]>,
     /// A `Host` for all targets.
     host: Option<HeaderValue>,
+    tls: Option<Arc<ClientConfig>>,
     limit: Duration,
     memory: Memory,
     connections: Vec<Option<Connection>>,
@@ -69,8 +87,35 @@ pub(super) struct Client {
 
 #[derive(Debug)]
 struct Connection {
-    sender: SendRequest<Full<Bytes>>,
+    sender: Sender,
     driver: JoinHandle<()>,
+}
+
+type Message = Request<Full<Bytes>>;
+
+#[derive(Debug)]
+enum Sender {
+    Http1(http1::SendRequest<Full<Bytes>>),
+    H2(http2::SendRequest<Full<Bytes>>),
+}
+
+impl Sender {
+    async fn ready(&mut self) -> hyper::Result<()> {
+        match self {
+            Self::Http1(sender) => sender.ready().await,
+            Self::H2(sender) => sender.ready().await,
+        }
+    }
+
+    async fn send(
+        &mut self,
+        message: Message,
+    ) -> Result<Response<Incoming>, TrySendError<Message>> {
+        match self {
+            Self::Http1(sender) => sender.try_send_request(message).await,
+            Self::H2(sender) => sender.try_send_request(message).await,
+        }
+    }
 }
 
 impl Drop for Connection {
@@ -84,12 +129,13 @@ impl Client {
     pub(super) fn new(
         targets: Arc<[Target]>,
         host: Option<HeaderValue>,
+        tls: Option<Arc<ClientConfig>>,
         limit: Duration,
         memory: Memory,
         turn: usize,
     ) -> Self {
         let connections = targets.iter().map(|_| None).collect();
-        Self { targets, host, limit, memory, connections, turn }
+        Self { targets, host, tls, limit, memory, connections, turn }
     }
 
     /// Sends a request to the next target. The number is the target's.
@@ -122,38 +168,52 @@ impl Client {
         body: Option<String>,
     ) -> Result<Answer, Arc<str>> {
         let Some(target) = self.targets.get(at).cloned() else { return Err("no target".into()) };
-        let mut request = Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", target.prefix))
-            .header(header::HOST, self.host.as_ref().unwrap_or(&target.authority))
-            .header(header::USER_AGENT, "litegate-verify")
-            .body(Full::new(Bytes::from(body.clone().unwrap_or_default())))
-            .map_err(|error| format!("not a request: {error}"))?;
+        let host = self.host.as_ref().unwrap_or(&target.authority);
+        let mut head = HeaderMap::new();
+        head.insert(header::USER_AGENT, HeaderValue::from_static("litegate-verify"));
         if body.is_some()
             && let Ok(content_type) = HeaderValue::from_str(content_type)
         {
-            request.headers_mut().insert(header::CONTENT_TYPE, content_type);
+            head.insert(header::CONTENT_TYPE, content_type);
         }
-        self.memory.tell(request.headers_mut());
+        self.memory.tell(&mut head);
+        let body = Bytes::from(body.unwrap_or_default());
+        let message = |sender: &Sender| -> Result<Message, Arc<str>> {
+            let mut message = Request::new(Full::new(body.clone()));
+            *message.method_mut() = method.clone();
+            message.headers_mut().clone_from(&head);
+            let uri = match sender {
+                Sender::Http1(_) => {
+                    message.headers_mut().insert(header::HOST, host.clone());
+                    format!("{}{path}", target.prefix)
+                }
+                // RFC 9113 section 8.3.1: the authority is there instead.
+                Sender::H2(_) => {
+                    let authority = host.to_str().map_err(|_| "the Host is not text")?;
+                    format!("https://{authority}{}{path}", target.prefix)
+                }
+            };
+            *message.uri_mut() = uri.parse().map_err(|error| format!("not a request: {error}"))?;
+            Ok(message)
+        };
 
         let mut kept = self.connections.get_mut(at).and_then(Option::take);
         let (response, connection) = loop {
             let is_kept = kept.is_some();
             let mut connection = match kept.take() {
                 Some(connection) => connection,
-                None => connect(&target).await?,
+                None => connect(&target, host, self.tls.as_ref()).await?,
             };
             if connection.sender.ready().await.is_err() && is_kept {
                 // The server has closed an idle connection.
                 continue;
             }
-            match connection.sender.try_send_request(request).await {
+            let message = message(&connection.sender)?;
+            match connection.sender.send(message).await {
                 Ok(response) => break (response, connection),
-                Err(mut error) => match error.take_message() {
-                    // Not a byte of it was sent.
-                    Some(unsent) if is_kept => request = unsent,
-                    _ => return Err("the connection broke".into()),
-                },
+                // Not a byte of it was sent.
+                Err(error) if is_kept && error.message().is_some() => {}
+                Err(_) => return Err("the connection broke".into()),
             }
         };
         let (head, body) = response.into_parts();
@@ -166,16 +226,41 @@ impl Client {
     }
 }
 
-async fn connect(target: &Target) -> Result<Connection, Arc<str>> {
+async fn connect(
+    target: &Target,
+    host: &HeaderValue,
+    tls: Option<&Arc<ClientConfig>>,
+) -> Result<Connection, Arc<str>> {
     let failed = |error: std::io::Error| format!("connect: {}", error.kind());
     let stream = TcpStream::connect((&*target.host, target.port)).await.map_err(failed)?;
     stream.set_nodelay(true).map_err(failed)?;
-    let (sender, driver) = http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(|error| format!("connect: {error}"))?;
-    let driver = tokio::spawn(async move {
-        // How it ended is what the request sees.
-        let _ = driver.await;
-    });
-    Ok(Connection { sender, driver })
+    if !target.secure {
+        return speak(stream, false).await;
+    }
+    let tls = tls.ok_or("connect: no TLS to speak")?;
+    // Where the URL is an address, the certificate is that of the host that is asked for.
+    let host: Option<Uri> = host.to_str().ok().and_then(|host| host.parse().ok());
+    let host = host.as_ref().and_then(Uri::host).unwrap_or(&target.host);
+    let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
+        .map_err(|error| format!("connect: TLS: {host}: {error}"))?;
+    let session = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await;
+    let session = session.map_err(|error| format!("connect: TLS: {error}"))?;
+    let h2 = session.get_ref().1.alpn_protocol() == Some(b"h2");
+    speak(session, h2).await
+}
+
+async fn speak<T>(stream: T, h2: bool) -> Result<Connection, Arc<str>>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (io, failed) = (TokioIo::new(stream), |error| format!("connect: {error}"));
+    // How a driver ended is what the request sees.
+    if h2 {
+        let (sender, driver) = http2::handshake(TokioExecutor::new(), io).await.map_err(failed)?;
+        let driver = tokio::spawn(async move { drop(driver.await) });
+        return Ok(Connection { sender: Sender::H2(sender), driver });
+    }
+    let (sender, driver) = http1::handshake(io).await.map_err(failed)?;
+    let driver = tokio::spawn(async move { drop(driver.await) });
+    Ok(Connection { sender: Sender::Http1(sender), driver })
 }

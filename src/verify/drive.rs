@@ -38,6 +38,8 @@ pub struct Settings {
     pub targets: Vec<Target>,
     /// `Host` for all of them, instead of what each URL says.
     pub host: Option<HeaderValue>,
+    /// How TLS is spoken with those whose URL wants it, with what ALPN offers.
+    pub tls: Option<Arc<rustls::ClientConfig>>,
     /// How many clients.
     pub clients: u32,
     /// Kinds of client, one after the other.
@@ -187,7 +189,8 @@ impl Settings {
         let carry = self.carry.get(n as usize % self.carry.len().max(1));
         let memory = Memory::new(carry.copied().unwrap_or(Carry::Cookies));
         let targets = self.targets.clone().into();
-        Client::new(targets, self.host.clone(), self.timeout, memory, n as usize)
+        let (host, tls) = (self.host.clone(), self.tls.clone());
+        Client::new(targets, host, tls, self.timeout, memory, n as usize)
     }
 
     async fn write(
@@ -311,7 +314,8 @@ async fn last_look(shared: &Shared) {
     let settings = &shared.settings;
     let targets = settings.targets.clone().into();
     let memory = Memory::new(Carry::Nothing);
-    let mut client = Client::new(targets, settings.host.clone(), settings.timeout, memory, 0);
+    let (host, tls) = (settings.host.clone(), settings.tls.clone());
+    let mut client = Client::new(targets, host, tls, settings.timeout, memory, 0);
     let keys = shared.book().judge.keys();
     let deadline = Instant::now() + settings.settle;
     for key in keys {

@@ -1,5 +1,6 @@
 //! litegate over real sockets, before the fake cluster of the testkit.
 
+mod aborts;
 mod attack;
 mod check;
 mod demo;

@@ -261,3 +261,234 @@ fn a_probe_that_can_not_succeed_is_refused() {
     let faults = litegate::config::load::parse("test.toml", text, []).expect_err("it can't work");
     assert!(faults.to_string().contains("the active probe speaks HTTP/1.1"), "{faults}");
 }
+
+/// A node for WebSockets: by HTTP/2 it takes them if it `says` so, and it speaks HTTP/1.1 as well.
+/// By either it echoes; counts those that came by HTTP/2 as requests.
+async fn sockets(says: bool) -> Node {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+    let address = listener.local_addr().expect("bound");
+    let node = Node { address, connections: Arc::default(), requests: Arc::default() };
+    let requests = Arc::clone(&node.requests);
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            let requests = Arc::clone(&requests);
+            tokio::spawn(async move {
+                let mut first = [0; 3];
+                socket.peek(&mut first).await.expect("somebody speaks");
+                if &first != b"PRI" {
+                    let mut head = Vec::new();
+                    while !head.ends_with(b"\r\n\r\n") {
+                        head.push(socket.read_u8().await.expect("a head"));
+                    }
+                    let answer = "HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\n\
+                                  connection: upgrade\r\nx-by: http1\r\n\r\n";
+                    socket.write_all(answer.as_bytes()).await.expect("litegate reads");
+                    let (mut read, mut write) = socket.split();
+                    let _ = tokio::io::copy(&mut read, &mut write).await;
+                    return;
+                }
+                let mut builder = h2::server::Builder::new();
+                if says {
+                    builder.enable_connect_protocol();
+                }
+                let Ok(mut connection) = builder.handshake::<_, Bytes>(socket).await else {
+                    return;
+                };
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    requests.fetch_add(1, Ordering::SeqCst);
+                    let protocol = request.extensions().get::<h2::ext::Protocol>();
+                    assert_eq!(protocol.map(h2::ext::Protocol::as_str), Some("websocket"));
+                    assert_eq!(request.headers().get("sec-websocket-key"), None);
+                    assert_eq!(request.headers()["sec-websocket-version"], "13");
+                    if request.uri().path() == "/refused" {
+                        let no = Response::builder().status(401).body(()).expect("a response");
+                        let mut no = respond.send_response(no, false).expect("litegate reads");
+                        no.send_data("who are you?".into(), true).expect("litegate reads");
+                        continue;
+                    }
+                    let yes = Response::builder().header("x-by", "h2").body(()).expect("it is one");
+                    let mut down = respond.send_response(yes, false).expect("litegate reads");
+                    tokio::spawn(async move {
+                        let mut up = request.into_body();
+                        while let Some(Ok(data)) = up.data().await {
+                            let _ = up.flow_control().release_capacity(data.len());
+                            let _ = down.send_data(data, false);
+                        }
+                        let _ = down.send_data(Bytes::new(), true);
+                    });
+                }
+            });
+        }
+    });
+    node
+}
+
+#[tokio::test]
+async fn a_websocket_is_a_stream_where_the_node_says_so_and_http1_elsewhere() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    for says in [true, false] {
+        let by = if says { "h2" } else { "http1" };
+        let node = sockets(says).await;
+        let gate = node.gate("").await;
+        // From a client that speaks HTTP/1.1: RFC 6455 section 1.3 has the key and its answer.
+        for _ in 0..2 {
+            let mut conn = gate.conn().await;
+            conn.send(
+                "GET /chat HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+                 sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+            )
+            .await
+            .expect("litegate reads");
+            let head = timeout(SOON, conn.head()).await.expect("in time").expect("an answer");
+            assert_eq!((head.status, head.field("upgrade")), (101, Some("websocket")));
+            assert_eq!(head.field("x-by"), Some(by));
+            if says {
+                let accept = head.field("sec-websocket-accept");
+                assert_eq!(accept, Some("s3pPLMBiTxaQ9kYGzzhZRbK+xOo="));
+            }
+            // A text frame comes back as it is.
+            let frame = [&[0x81, 126, 1, 0][..], &[b'x'; 256]].concat();
+            conn.stream.write_all(&frame).await.expect("litegate reads");
+            let mut back = vec![0; frame.len()];
+            let read = timeout(SOON, conn.stream.read_exact(&mut back)).await;
+            read.expect("in time").expect("it comes back");
+            assert_eq!(back, frame);
+            conn.stream.shutdown().await.expect("half a close");
+            let mut rest = Vec::new();
+            let end = timeout(SOON, conn.stream.read_to_end(&mut rest)).await;
+            assert_eq!(end.expect("in time").expect("an end"), 0);
+        }
+        // From one that speaks HTTP/2.
+        let socket = TcpStream::connect(gate.address()).await.expect("it listens");
+        let (client, connection) = h2::client::handshake(socket).await.expect("a handshake");
+        tokio::spawn(connection);
+        let mut client = client.ready().await.expect("it goes on");
+        let ask = |path: &str| {
+            let mut request = Request::builder()
+                .method("CONNECT")
+                .uri(format!("http://app.test{path}"))
+                .header("sec-websocket-version", "13")
+                .body(())
+                .expect("a request");
+            request.extensions_mut().insert(h2::ext::Protocol::from_static("websocket"));
+            request
+        };
+        let (response, mut up) = client.send_request(ask("/chat"), false).expect("it goes out");
+        let response = timeout(SOON, response).await.expect("in time").expect("an answer");
+        assert_eq!(
+            (response.status(), &response.headers()["x-by"]),
+            (StatusCode::OK, &by.parse().expect("a value"))
+        );
+        up.send_data(Bytes::from_static(&[0x81, 1, b'x']), false).expect("it goes out");
+        let mut down = response.into_body();
+        let data = timeout(SOON, down.data()).await.expect("in time").expect("it goes on");
+        assert_eq!(&data.expect("whole")[..], &[0x81, 1, b'x']);
+        up.send_reset(h2::Reason::CANCEL);
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(1);
+        while gate.metric("litegate_tunnels", "").await > 0 {
+            assert!(tokio::time::Instant::now() < deadline, "an abort ends it");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let wanted = if says { 3 } else { 0 };
+        assert_eq!(node.requests.load(Ordering::SeqCst), wanted);
+        if says {
+            let (response, _up) = client.send_request(ask("/refused"), false).expect("it goes out");
+            let response = timeout(SOON, response).await.expect("in time").expect("an answer");
+            assert_eq!(response.status(), 401);
+            let data = response.into_body().data().await.expect("a body").expect("it is whole");
+            assert_eq!(data, "who are you?");
+        }
+    }
+}
+
+/// Two requests are under way when the node says that it looks at the first alone: the second is
+/// sent again, though it writes, and the first is answered.
+#[tokio::test]
+async fn streams_above_the_last_are_sent_again_and_those_below_finish() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+    let address = listener.local_addr().expect("bound");
+    let requests = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&requests);
+    tokio::spawn(async move {
+        let (mut first, _) = listener.accept().await.expect("a connection");
+        first.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.expect("settings go out");
+        first.read_exact(&mut [0; 24]).await.expect("a preface");
+        let mut heads = 0;
+        while heads < 2 {
+            let mut head = [0; 9];
+            first.read_exact(&mut head).await.expect("a frame");
+            let length = usize::from(head[1]) * 256 + usize::from(head[2]);
+            first.read_exact(&mut vec![0; length]).await.expect("its payload");
+            heads += usize::from(head[3] == 1);
+        }
+        // GOAWAY with stream 1, and then its answer: `:status: 200` (RFC 7541 appendix A).
+        first.write_all(&[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]).await.expect("out");
+        let (socket, _) = listener.accept().await.expect("another connection");
+        tokio::spawn(serve(socket, Fault::None, counted));
+        first.write_all(&[0, 0, 1, 1, 5, 0, 0, 0, 1, 0x88]).await.expect("it goes out");
+        let _ = first.read_to_end(&mut Vec::new()).await;
+    });
+    let node = Node { address, connections: Arc::default(), requests };
+    let gate = node.gate("").await;
+    let (one, two) = tokio::join!(gate.send("POST", "/one", b"x"), gate.send("POST", "/two", b"x"));
+    assert_eq!((one.status, two.status), (200, 200), "{} {}", one.text(), two.text());
+    assert_eq!(node.requests.load(Ordering::SeqCst), 1, "one ran on either connection");
+}
+
+/// A node that keeps going away, as for a roll-out: nothing is lost and nothing runs twice.
+#[tokio::test]
+async fn a_node_that_goes_away_gracefully_loses_no_write() {
+    use std::{collections::HashMap, sync::Mutex};
+
+    const EACH: usize = 5;
+    const WRITES: usize = 100;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+    let address = listener.local_addr().expect("bound");
+    let node = Node { address, connections: Arc::default(), requests: Arc::default() };
+    let ran: Arc<Mutex<HashMap<String, usize>>> = Arc::default();
+    let (counted, connections) = (Arc::clone(&ran), Arc::clone(&node.connections));
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            connections.fetch_add(1, Ordering::SeqCst);
+            let counted = Arc::clone(&counted);
+            tokio::spawn(async move {
+                let Ok(mut connection) = h2::server::handshake(socket).await else { return };
+                let mut taken = 0;
+                while let Some(Ok((request, respond))) = connection.accept().await {
+                    let path = request.uri().path().to_owned();
+                    *counted.lock().expect("no panic before").entry(path).or_default() += 1;
+                    tokio::spawn(answer(request, respond));
+                    taken += 1;
+                    if taken == EACH {
+                        connection.graceful_shutdown();
+                    }
+                }
+            });
+        }
+    });
+    let gate = node.gate("").await;
+    let mut tasks = tokio::task::JoinSet::new();
+    for client in 0..10 {
+        let address = gate.address();
+        tasks.spawn(async move {
+            for n in 0..WRITES / 10 {
+                let path = format!("/{client}/{n}");
+                let answer = client::request(address, "POST", &path, "", b"x").await;
+                let answer = answer.expect("an answer");
+                assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+            }
+        });
+    }
+    while let Some(ended) = timeout(SOON, tasks.join_next()).await.expect("in time") {
+        ended.expect("every write is answered");
+    }
+    let ran = ran.lock().expect("no panic before");
+    assert_eq!(ran.len(), WRITES);
+    assert!(ran.values().all(|times| *times == 1), "{ran:?}");
+    assert!(node.connections.load(Ordering::SeqCst) > 1);
+}

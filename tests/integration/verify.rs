@@ -23,7 +23,10 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::gate::{self, Gate};
+use crate::{
+    gate::{self, Gate},
+    tls::{Authority, listening},
+};
 
 const LITEFS: &str = r#"primary = { type = "litefs", poll = "100ms" }"#;
 
@@ -32,6 +35,7 @@ fn settings(targets: &[SocketAddr]) -> Settings {
     Settings {
         targets: targets.iter().map(target).collect(),
         host: None,
+        tls: None,
         clients: 6,
         carry: vec![Carry::Cookies, Carry::Token],
         duration: Duration::from_secs(20),
@@ -360,7 +364,40 @@ async fn the_command_tells_by_its_exit_code_and_its_report() {
     let (code, _, err) = verify(&["http://127.0.0.1:1", "--duration", "1s"]).await;
     assert_eq!(code, Some(2), "{err}");
     assert!(err.contains("refused"), "{err}");
-    let (code, _, err) = verify(&["https://a.example"]).await;
+    let (code, _, err) = verify(&["https://127.0.0.1:1", "--ca", "/nowhere/ca.crt"]).await;
     assert_eq!(code, Some(2), "{err}");
-    assert!(err.contains("TLS"), "{err}");
+    assert!(err.contains("/nowhere/ca.crt"), "{err}");
+}
+
+/// `litegate verify` of a TLS listener, by these protocols. Its exit code and what it says.
+async fn over_tls(protocols: &str, trust: impl Fn(&Authority) -> Vec<String>) -> (i32, String) {
+    let authority = Authority::new();
+    let own = authority.write(authority.directory.path(), "gate", &["app.test"]);
+    let tls = format!("protocols = {protocols}\ntls = {{ certificates = [{own}] }}\n");
+    let gate = listening(&tls, |text| text).await;
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_litegate"));
+    command.args(["verify", &format!("https://{}", gate.address()), "--host", "app.test"]);
+    command.args(["--duration", "2s", "--clients", "2"]).args(trust(&authority));
+    let output = command.kill_on_drop(true).output();
+    let output = tokio::time::timeout(Duration::from_mins(1), output).await;
+    let output = output.expect("in time").expect("it runs");
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&said).into_owned())
+}
+
+#[tokio::test]
+async fn it_speaks_tls_and_believes_whom_it_is_told_to() {
+    let ca = |authority: &Authority| {
+        vec!["--ca".to_owned(), authority.path("ca.crt").display().to_string()]
+    };
+    for protocols in [r#"["h2"]"#, r#"["http/1.1"]"#] {
+        let (code, said) = over_tls(protocols, ca).await;
+        assert_eq!(code, 0, "{protocols}: {said}");
+    }
+    let (code, said) = over_tls(r#"["h2", "http/1.1"]"#, |_| vec!["--insecure".to_owned()]).await;
+    assert_eq!(code, 0, "{said}");
+    let another = Authority::new();
+    let (code, said) = over_tls(r#"["h2", "http/1.1"]"#, |_| ca(&another)).await;
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("invalid peer certificate"), "{said}");
 }
