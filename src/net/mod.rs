@@ -6,7 +6,8 @@
 
 pub mod pem;
 pub mod proxy_protocol;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(dead_code, reason = "the simulation breaks links, fuzzing does not"))]
 pub(crate) mod simulated;
 pub mod tls;
 mod tunnel;
@@ -36,7 +37,7 @@ pub enum Stream {
     /// A stream of an HTTP/2 connection that became a tunnel.
     Tunnel(Box<Tunnel>),
     /// Through a network in memory and in virtual time.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     #[allow(private_interfaces, reason = "tests alone have it")]
     Simulated(simulated::Socket),
 }
@@ -53,7 +54,7 @@ impl Stream {
     /// # Errors
     /// Whatever the system says.
     pub async fn connect(address: SocketAddr) -> io::Result<Self> {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if let Some(network) = simulated::Network::current() {
             return network.connect(address).await.map(Self::Simulated);
         }
@@ -66,7 +67,7 @@ impl Stream {
             Self::Plain(socket) => Some(socket),
             Self::Tls(session) => Some(session.get_ref().0),
             Self::Tunnel(_) => None,
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(_) => None,
         }
     }
@@ -84,7 +85,7 @@ impl Stream {
     /// # Errors
     /// Whatever the system says.
     pub fn keep_alive(&self, idle: Duration, interval: Duration, retries: u32) -> io::Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if let Self::Simulated(socket) = self {
             socket.keep_alive(idle + interval * retries);
         }
@@ -100,7 +101,7 @@ impl Stream {
     /// # Errors
     /// Whatever the system says.
     pub async fn readable(&self) -> io::Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if let Self::Simulated(socket) = self {
             return socket.readable().await;
         }
@@ -112,7 +113,7 @@ impl Stream {
 
     /// Dropping it will reset the connection, so that what was sent can't look complete.
     pub fn reset_on_close(&self) {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if let Self::Simulated(socket) = self {
             socket.reset_on_close();
         }
@@ -132,7 +133,7 @@ impl AsyncRead for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_read(cx, buf),
             Self::Tls(session) => Pin::new(session).poll_read(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_read(cx, buf),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_read(cx, buf),
         }
     }
@@ -148,7 +149,7 @@ impl AsyncWrite for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_write(cx, buf),
             Self::Tls(session) => Pin::new(session).poll_write(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_write(cx, buf),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_write(cx, buf),
         }
     }
@@ -162,7 +163,7 @@ impl AsyncWrite for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
             Self::Tls(session) => Pin::new(session).poll_write_vectored(cx, bufs),
             Self::Tunnel(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
         }
     }
@@ -176,7 +177,7 @@ impl AsyncWrite for Stream {
             Self::Plain(_) => Poll::Ready(Ok(())),
             Self::Tls(session) => Pin::new(session).poll_flush(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_flush(cx),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_flush(cx),
         }
     }
@@ -186,7 +187,7 @@ impl AsyncWrite for Stream {
             Self::Plain(socket) => Pin::new(socket).poll_shutdown(cx),
             Self::Tls(session) => Pin::new(session).poll_shutdown(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_shutdown(cx),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_shutdown(cx),
         }
     }

@@ -74,7 +74,7 @@ mod relay;
 mod session;
 mod tokens;
 mod upgrade;
-mod websocket;
+pub(crate) mod websocket;
 
 /// The data plane of one worker, for one configuration.
 #[derive(Debug)]

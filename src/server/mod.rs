@@ -14,7 +14,7 @@ mod accept;
 mod body;
 mod conn;
 pub mod drain;
-mod frames;
+pub(crate) mod frames;
 mod greet;
 mod guard;
 mod h2;
@@ -26,7 +26,7 @@ pub mod tls;
 pub use crate::net::proxy_protocol::ProxyProtocol;
 pub use accept::{Accepting, serve};
 pub use body::{BodyError, Incoming};
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) use conn::run;
 pub use conn::{Abort, Conn, READ_BUFFER, Takeover};
 pub use io::{ClientIo, write_vectored};
