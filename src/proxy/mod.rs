@@ -695,6 +695,9 @@ impl Proxy {
         if walk.headers.len() > self.config.limits.headers {
             return Err(Problem::HeadTooLarge);
         }
+        if !server::are_tokens(&walk.headers) {
+            return Err(Problem::Malformed);
+        }
         // h2 holds the body to the first of them, and a node of HTTP/1.1 to any.
         if !strict::has_one_length(&walk.headers) {
             return Err(Problem::Malformed);

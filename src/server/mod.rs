@@ -68,6 +68,12 @@ pub fn expects_continue(head: &HeaderMap) -> bool {
     head.get(header::EXPECT).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
+/// RFC 9110 section 5.1: whether all names are tokens. The types that hold them let a quotation mark
+/// pass, and so does h2.
+pub fn are_tokens(fields: &HeaderMap) -> bool {
+    fields.keys().all(|name| !name.as_str().contains('"'))
+}
+
 /// What is expected of whoever connects.
 #[derive(Clone, Debug, Default)]
 pub struct Door {

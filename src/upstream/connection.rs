@@ -36,7 +36,7 @@ use super::{
 use crate::{
     decide::{Failure, FailureKind},
     net::{Stream, proxy_protocol::Introduction, tls::turned_away},
-    server::write_vectored,
+    server::{self, write_vectored},
     telemetry::metrics::Opened,
 };
 
@@ -303,7 +303,8 @@ where
         })
         .await;
         let (kind, written) = match result {
-            Some(Ok(response)) => return Ok(response),
+            Some(Ok(response)) if server::are_tokens(response.headers()) => return Ok(response),
+            Some(Ok(_)) => (FailureKind::BadResponse, true),
             None => (FailureKind::ResponseTimeout, true),
             Some(Err(_)) if handle.wire().turned_away().is_some() => {
                 self.wire.turned_away.set(handle.wire().turned_away());
