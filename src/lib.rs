@@ -18,6 +18,9 @@ pub mod config;
 pub mod decide;
 pub mod demo;
 pub mod discovery;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod litefs;
 pub mod net;
 pub mod proxy;

@@ -100,9 +100,9 @@ impl Diagnostics {
         let rest = self.text.get(line_start..).unwrap_or_default();
         let text = rest.lines().next().unwrap_or_default();
         let column = before.get(line_start..).unwrap_or_default().chars().count() + 1;
-        let end = self
-            .text
-            .floor_char_boundary(span.end.clamp(start, line_start + text.len()).max(start));
+        // A span may begin at the line's end, which is no part of it.
+        let line_end = (line_start + text.len()).max(start);
+        let end = self.text.floor_char_boundary(span.end.clamp(start, line_end));
         let carets = self.text.get(start..end).unwrap_or_default().chars().count().max(1);
         Spot { line: before.matches('\n').count() + 1, column, text, carets }
     }

@@ -174,7 +174,9 @@ pub fn may_trail(name: &HeaderName) -> bool {
             | "x-client-cert-subject"
     );
     let ours = ["x-forwarded-", "fly-", "litegate-"];
-    !reserved && !ours.iter().any(|prefix| name.starts_with(prefix))
+    // No token, though the type takes it for one: see `server::are_tokens`.
+    let is_token = !name.contains('"');
+    is_token && !reserved && !ours.iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// Takes out of trailers what may not be there.

@@ -198,7 +198,7 @@ impl Key {
         Self { mac: keyed(&key), cluster: Database::named(id).0 }
     }
 
-    fn sign(&self, bytes: &[u8]) -> [u8; MAC] {
+    pub(crate) fn sign(&self, bytes: &[u8]) -> [u8; MAC] {
         let mut mac = self.mac.clone();
         mac.update(bytes);
         let whole = mac.finalize().into_bytes();

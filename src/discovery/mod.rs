@@ -35,7 +35,7 @@ use crate::{
 
 mod dns;
 mod probe;
-mod roles;
+pub(crate) mod roles;
 
 use roles::litefs::Litefs;
 

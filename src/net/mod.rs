@@ -6,7 +6,8 @@
 
 pub mod pem;
 pub mod proxy_protocol;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(dead_code, reason = "the simulation breaks links, fuzzing does not"))]
 pub(crate) mod simulated;
 pub mod tls;
 mod tunnel;
@@ -40,7 +41,7 @@ pub enum Stream {
     /// The same, where hyper has the connection.
     Upgraded(Box<TokioIo<Upgraded>>),
     /// Through a network in memory and in virtual time.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     #[allow(private_interfaces, reason = "tests alone have it")]
     Simulated(simulated::Socket),
 }
@@ -57,7 +58,7 @@ impl Stream {
     /// # Errors
     /// Whatever the system says.
     pub async fn connect(address: SocketAddr) -> io::Result<Self> {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if let Some(network) = simulated::Network::current() {
             return network.connect(address).await.map(Self::Simulated);
         }
@@ -70,7 +71,7 @@ impl Stream {
             Self::Plain(socket) => Some(socket),
             Self::Tls(session) => Some(session.get_ref().0),
             Self::Tunnel(_) | Self::Upgraded(_) => None,
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(_) => None,
         }
     }
@@ -88,7 +89,7 @@ impl Stream {
     /// # Errors
     /// Whatever the system says.
     pub fn keep_alive(&self, idle: Duration, interval: Duration, retries: u32) -> io::Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if let Self::Simulated(socket) = self {
             socket.keep_alive(idle + interval * retries);
         }
@@ -104,7 +105,7 @@ impl Stream {
     /// # Errors
     /// Whatever the system says.
     pub async fn readable(&self) -> io::Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if let Self::Simulated(socket) = self {
             return socket.readable().await;
         }
@@ -116,7 +117,7 @@ impl Stream {
 
     /// Dropping it will reset the connection, so that what was sent can't look complete.
     pub fn reset_on_close(&self) {
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if let Self::Simulated(socket) = self {
             socket.reset_on_close();
         }
@@ -137,7 +138,7 @@ impl AsyncRead for Stream {
             Self::Tls(session) => Pin::new(session).poll_read(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_read(cx, buf),
             Self::Upgraded(stream) => Pin::new(stream).poll_read(cx, buf),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_read(cx, buf),
         }
     }
@@ -154,7 +155,7 @@ impl AsyncWrite for Stream {
             Self::Tls(session) => Pin::new(session).poll_write(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_write(cx, buf),
             Self::Upgraded(stream) => Pin::new(stream).poll_write(cx, buf),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_write(cx, buf),
         }
     }
@@ -169,7 +170,7 @@ impl AsyncWrite for Stream {
             Self::Tls(session) => Pin::new(session).poll_write_vectored(cx, bufs),
             Self::Tunnel(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Self::Upgraded(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
         }
     }
@@ -184,7 +185,7 @@ impl AsyncWrite for Stream {
             Self::Tls(session) => Pin::new(session).poll_flush(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_flush(cx),
             Self::Upgraded(stream) => Pin::new(stream).poll_flush(cx),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_flush(cx),
         }
     }
@@ -195,7 +196,7 @@ impl AsyncWrite for Stream {
             Self::Tls(session) => Pin::new(session).poll_shutdown(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Upgraded(stream) => Pin::new(stream).poll_shutdown(cx),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_shutdown(cx),
         }
     }

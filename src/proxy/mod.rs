@@ -75,7 +75,7 @@ mod relay;
 mod session;
 mod tokens;
 mod upgrade;
-mod websocket;
+pub(crate) mod websocket;
 
 /// The data plane of one worker, for one configuration.
 #[derive(Debug)]
@@ -695,6 +695,9 @@ impl Proxy {
         // RFC 9113 section 6.5.2: h2 bounds their size, and nobody their number.
         if walk.headers.len() > self.config.limits.headers {
             return Err(Problem::HeadTooLarge);
+        }
+        if !server::are_tokens(&walk.headers) {
+            return Err(Problem::Malformed);
         }
         // h2 holds the body to the first of them, and a node of HTTP/1.1 to any.
         if !strict::has_one_length(&walk.headers) {

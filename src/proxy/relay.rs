@@ -65,6 +65,10 @@ impl ResponseBody {
         account: Account,
     ) -> Self {
         let progress = arrived;
+        if !incoming.is_end_stream() {
+            // The first byte too may never come.
+            account.conn().set_deadline(Some(arrived + idle));
+        }
         let body = NodeBody { incoming, connected, idle, progress, ends_with_connection };
         Self::new(Source::Node(body), account)
     }

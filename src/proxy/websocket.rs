@@ -11,7 +11,7 @@ const CLOSE: u8 = 0x8;
 
 /// Follows one direction of a WebSocket.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub(super) struct Frames {
+pub(crate) struct Frames {
     header: [u8; HEADER],
     /// How much of the header is there.
     have: usize,
@@ -22,17 +22,17 @@ pub(super) struct Frames {
 
 impl Frames {
     /// Whether the last frame is complete.
-    pub(super) fn is_between(&self) -> bool {
+    pub(crate) fn is_between(&self) -> bool {
         self.have == 0 && self.payload == 0
     }
 
     /// Whether a close frame has begun: nothing may follow it.
-    pub(super) fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.closed
     }
 
     /// Follows all of it.
-    pub(super) fn see(&mut self, bytes: &[u8]) {
+    pub(crate) fn see(&mut self, bytes: &[u8]) {
         let mut rest = bytes;
         while !rest.is_empty() {
             let n = self.frame(rest);
@@ -42,7 +42,7 @@ impl Frames {
 
     /// Follows it to the end of the frame that it begins with or goes on with, or to its own end.
     /// Returns how much that is: at least one byte of any.
-    pub(super) fn frame(&mut self, bytes: &[u8]) -> usize {
+    pub(crate) fn frame(&mut self, bytes: &[u8]) -> usize {
         let mut seen = 0;
         while self.payload == 0 {
             let Some(byte) = bytes.get(seen) else { return seen };
@@ -94,7 +94,7 @@ impl Frames {
 }
 
 /// A close frame as a server sends it, with this code and no reason.
-pub(super) fn close(code: u16) -> [u8; 4] {
+pub(crate) fn close(code: u16) -> [u8; 4] {
     let [high, low] = code.to_be_bytes();
     [0x80 | CLOSE, 2, high, low]
 }

@@ -113,6 +113,9 @@ impl Body for Incoming {
             }
         }
         match ready!(stream.poll_trailers(cx)) {
+            Ok(Some(trailers)) if !super::are_tokens(&trailers) => {
+                Poll::Ready(Some(Err(h2::Error::from(Reason::PROTOCOL_ERROR).into())))
+            }
             Ok(trailers) => Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers)))),
             Err(error) if error.reason() == Some(Reason::NO_ERROR) => Poll::Ready(None),
             Err(error) => Poll::Ready(Some(Err(error.into()))),

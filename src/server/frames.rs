@@ -17,7 +17,7 @@ const PREFACE: usize = 24;
 
 /// What passed in this second, and where in the stream of frames it stands.
 #[derive(Debug)]
-pub(super) struct Frames {
+pub(crate) struct Frames {
     /// Bytes to skip: the preface, or a payload.
     skip: Cell<usize>,
     /// The frame head that is being read, and how much of it is there.
@@ -35,7 +35,7 @@ pub(super) struct Frames {
 }
 
 impl Frames {
-    pub(super) fn new(resets: usize) -> Self {
+    pub(crate) fn new(resets: usize) -> Self {
         Self {
             skip: Cell::new(PREFACE),
             head: Cell::new(([0; 9], 0)),
@@ -50,12 +50,12 @@ impl Frames {
     }
 
     /// Whether any frame came yet.
-    pub(super) fn any(&self) -> bool {
+    pub(crate) fn any(&self) -> bool {
         self.seen.get() > 0
     }
 
     /// These bytes came.
-    pub(super) fn see(&self, mut bytes: &[u8]) {
+    pub(crate) fn see(&self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let skip = self.skip.get().min(bytes.len());
             if skip > 0 {
@@ -95,7 +95,7 @@ impl Frames {
     }
 
     /// Whether this is too much for one second, in which the connection has sent up to `sent`.
-    pub(super) fn is_flood(&self, sent: u64) -> bool {
+    pub(crate) fn is_flood(&self, sent: u64) -> bool {
         let free = FREE + self.useful.get();
         self.resets.get() > self.most_resets
             || self.useless.get() > free
@@ -103,7 +103,7 @@ impl Frames {
     }
 
     /// Begins another second.
-    pub(super) fn tick(&self, sent: u64) {
+    pub(crate) fn tick(&self, sent: u64) {
         self.sent.set(sent);
         for counter in [&self.useful, &self.useless, &self.updates, &self.resets] {
             counter.set(0);

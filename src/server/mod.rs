@@ -14,7 +14,7 @@ mod accept;
 mod body;
 mod conn;
 pub mod drain;
-mod frames;
+pub(crate) mod frames;
 mod greet;
 mod guard;
 mod h2;
@@ -26,7 +26,7 @@ pub mod tls;
 pub use crate::net::proxy_protocol::ProxyProtocol;
 pub use accept::{Accepting, serve};
 pub use body::{BodyError, Incoming};
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) use conn::run;
 pub use conn::{Abort, Conn, READ_BUFFER, Takeover};
 pub use io::{ClientIo, write_vectored};
@@ -66,6 +66,12 @@ pub trait Service {
 /// RFC 9110 section 10.1.1: whether the client waits to hear that its body is wanted.
 pub fn expects_continue(head: &HeaderMap) -> bool {
     head.get(header::EXPECT).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+/// RFC 9110 section 5.1: whether all names are tokens. The types that hold them let a quotation mark
+/// pass, and so does h2.
+pub fn are_tokens(fields: &HeaderMap) -> bool {
+    fields.keys().all(|name| !name.as_str().contains('"'))
 }
 
 /// What is expected of whoever connects.

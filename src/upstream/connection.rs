@@ -16,7 +16,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode};
+use http::{Request, Response, StatusCode, Version};
 use hyper::{
     body::{Body, Incoming},
     client::conn::http1,
@@ -38,7 +38,7 @@ use super::{
 use crate::{
     decide::{Failure, FailureKind},
     net::{Stream, proxy_protocol::Introduction, tls::turned_away},
-    server::write_vectored,
+    server::{self, write_vectored},
     telemetry::metrics::Opened,
 };
 
@@ -49,6 +49,9 @@ pub struct Connection<B: Body + 'static> {
     wire: Rc<Wire>,
     /// The node refused the exchange.
     refused: bool,
+    /// The node answered in HTTP/1.0. hyper would send the next request in it as well, and without
+    /// its body where that is chunked.
+    old: bool,
     /// Exchanges begun on it.
     uses: u64,
     /// The client whose requests alone it carries, if the node was told.
@@ -196,6 +199,7 @@ where
             speaks: Speaks::Http1 { sender, driver, ended: false },
             wire,
             refused: false,
+            old: false,
             uses: 0,
             speaks_for,
             idle_since: Instant::now(),
@@ -210,6 +214,7 @@ where
             speaks: Speaks::H2(Handle::of(h2)),
             wire: Rc::default(),
             refused: false,
+            old: false,
             uses: u64::from(!fresh),
             speaks_for,
             idle_since: Instant::now(),
@@ -223,9 +228,10 @@ where
         self.refused
     }
 
-    /// Whether it is given back to a pool. One that others use too is in none.
+    /// Whether it is given back to a pool. One that others use too is in none, and one to a node
+    /// of HTTP/1.0 carries one request.
     pub fn is_pooled(&self) -> bool {
-        matches!(self.speaks, Speaks::Http1 { .. })
+        matches!(self.speaks, Speaks::Http1 { .. }) && !self.old
     }
 
     /// Counts it as open from now on, until it is dropped or becomes a tunnel.
@@ -307,7 +313,10 @@ where
         .await;
         let written = self.wire.written.get();
         let kind = match result {
-            Ok(Ok(response)) => return Ok(response),
+            Ok(Ok(response)) => {
+                self.old = response.version() == Version::HTTP_10;
+                return Ok(response);
+            }
             Err(()) => FailureKind::ResponseTimeout,
             Ok(Err(_)) if self.wire.turned_away().is_some() => {
                 return Err(Failure { kind: FailureKind::Tls, written: false });
@@ -344,6 +353,9 @@ where
         })
         .await;
         let (kind, written) = match result {
+            Some(Ok(response)) if !server::are_tokens(response.headers()) => {
+                (FailureKind::BadResponse, true)
+            }
             Some(Ok(mut response)) => {
                 if let Some(key) = websocket.filter(|_| response.status() == StatusCode::OK) {
                     self.tunnel = Some(hyper::upgrade::on(&mut response));

@@ -218,7 +218,7 @@ fn escape(target: &mut String, text: &str, is_path: bool) {
 }
 
 /// `ModifyIndex` and holder.
-fn parse(body: &[u8]) -> Result<(u64, Option<Holder>), String> {
+pub(crate) fn parse(body: &[u8]) -> Result<(u64, Option<Holder>), String> {
     #[derive(Deserialize)]
     #[serde(rename_all = "PascalCase")]
     struct Pair {

@@ -1,6 +1,6 @@
 //! Who is primary, by one source a file. Each only reports.
 
-pub(super) mod consul;
+pub(crate) mod consul;
 pub(super) mod file;
 pub(super) mod http;
 pub(super) mod litefs;

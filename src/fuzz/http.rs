@@ -1,0 +1,356 @@
+//! What litegate passes on is the message that it was given, to any strict reader.
+
+use super::{
+    exchange::{Answer, Seen, exchange},
+    strict::{self, Framing, Message, Reading, Side},
+};
+
+/// Any bytes from a client.
+///
+/// A node gets nothing but well-formed requests, about which two strict readers agree, and each is
+/// one that the client sent: same method, target, fields and body, in the same order. The client
+/// gets well-formed answers, each to its own request.
+pub fn request(data: &[u8]) {
+    let (first, second) = data.split_at(cut(data));
+    let seen = exchange(&[first, second], |_, message| echo(message));
+    let forwarded = forwarded(&seen);
+    if data.starts_with(b"PRI ") {
+        // HTTP/2: another target says what must come of it.
+        return;
+    }
+    let sent = strict::read_tolerantly(data, Side::Requests);
+    let mut originals = sent.messages.iter();
+    for message in &forwarded {
+        let found = originals.by_ref().any(|original| is_same(original, message));
+        assert!(found, "nobody sent {message:#?}\nof {:#?}", sent.messages);
+    }
+
+    let methods: Vec<Vec<u8>> = sent.messages.iter().map(|m| m.line[0].clone()).collect();
+    let answers = answers(&seen, &methods);
+    let finals = answers.iter().filter(|answer| answer.status() >= 200);
+    for (number, answer) in finals.enumerate() {
+        let Some(original) = sent.messages.get(number) else {
+            // To what came behind, and is no request.
+            assert!(number == sent.messages.len() && !is_of_the_node(answer), "{answer:#?}");
+            continue;
+        };
+        if is_of_the_node(answer) && original.line[0] != b"HEAD" {
+            let target = answer.body.strip_prefix(&*original.line[0]).unwrap_or_default();
+            let target = target.strip_prefix(b" ").unwrap_or_default();
+            assert!(is_target(&original.line[1], target), "{answer:#?} to {original:#?}");
+        }
+    }
+}
+
+/// Any bytes from a node, in answer to the first of three requests on a connection: its method and
+/// whether the connection ends behind them are in the first two bytes.
+///
+/// The client gets well-formed answers, each to its own request, and none looks complete that is
+/// not. Nothing of what is between node and litegate reaches it.
+pub fn answer(data: &[u8]) {
+    let [method, close, data @ ..] = data else { return };
+    let method = match method {
+        b'h' => "HEAD",
+        b'p' => "POST",
+        b'o' => "OPTIONS",
+        _ => "GET",
+    };
+    let close = *close == b'c';
+    let first = format!("{method} /0 HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc");
+    let rest = "POST /1 HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n\
+                3\r\nxyz\r\n0\r\n\r\nGET /2 HTTP/1.1\r\nhost: a\r\n\r\n";
+    let seen = exchange(&[first.as_bytes(), rest.as_bytes()], |number, message| {
+        if number == 1 { Answer { bytes: data.to_vec(), close } } else { echo(message) }
+    });
+    let sent = [first.as_bytes(), rest.as_bytes()].concat();
+    let sent = strict::read(&sent, Side::Requests).messages;
+    for message in &forwarded(&seen) {
+        // A replay may say otherwise of the first.
+        let same = sent.iter().any(|original| is_same(original, message));
+        assert!(same || message.line[1] != b"/1" && message.line[1] != b"/2", "{message:#?}");
+    }
+    let methods = [method, "POST", "GET"].map(|method| method.as_bytes().to_vec());
+    let answers = answers(&seen, &methods);
+    let said = strict::read_tolerantly(data, Side::Responses(&methods[..1], close));
+    let said = said.messages.iter().find(|message| message.status() >= 200);
+    let finals = answers.iter().filter(|answer| answer.status() >= 200);
+    for (number, answer) in finals.enumerate() {
+        assert!(number < 3, "more answers than questions: {answers:#?}");
+        let echoed = format!("{} /{number}", ["", "POST", "GET"][number]);
+        let is_echo = is_of_the_node(answer) && answer.body == echoed.as_bytes();
+        if number > 0 {
+            assert!(is_echo || is_own(answer), "{answer:#?} to request {number}");
+        } else if answer.complete && !is_own(answer) && !is_of_the_node(answer) {
+            let is_said = said.is_some_and(|said| {
+                let bodiless = answer.framing == Framing::None;
+                (said.complete || bodiless)
+                    && said.line[1] == answer.line[1]
+                    && said.body == answer.body
+            });
+            assert!(is_said, "{answer:#?}\nof {said:#?}");
+        }
+    }
+    for (name, _) in answers.iter().flat_map(|answer| &answer.fields) {
+        assert!(!name.starts_with("fly-replay"), "{answers:#?}");
+    }
+}
+
+/// A request by HTTP/2, spelled as lines of `name: value` with `\r`, `\n` and `\0` for what they
+/// stand for, an empty line, its body, and perhaps another empty line and trailers.
+///
+/// A node that speaks HTTP/1.1 gets this one request or none.
+pub fn downgrade(data: &[u8]) {
+    if data.len() > 8 << 10 {
+        return;
+    }
+    let mut parts = split(data, b"\n\n").into_iter();
+    let fields = pairs(parts.next().unwrap_or_default());
+    let body = parts.next().unwrap_or_default();
+    let trailers = parts.next().map(pairs);
+    let mut wire = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec();
+    let ends = body.is_empty() && trailers.is_none();
+    frame(&mut wire, 1, 4 | u8::from(ends), &block(&fields));
+    if !ends {
+        frame(&mut wire, 0, u8::from(trailers.is_none()), body);
+    }
+    if let Some(trailers) = &trailers {
+        frame(&mut wire, 1, 5, &block(trailers));
+    }
+    let seen = exchange(&[&wire], |_, message| echo(message));
+    let forwarded = forwarded(&seen);
+    assert!(forwarded.len() <= 1, "one request became {forwarded:#?}");
+    let Some(message) = forwarded.first() else { return };
+    let of = |name: &str| {
+        let mut known = fields.iter().filter(|(known, _)| known == name.as_bytes());
+        known.next().map(|(_, value)| value.clone()).unwrap_or_default()
+    };
+    let is_websocket = of(":method") == b"CONNECT" && of(":protocol") == b"websocket";
+    let method = if is_websocket { b"GET".to_vec() } else { of(":method") };
+    let line = [method, of(":path"), b"HTTP/1.1".to_vec()];
+    let usual = fields.iter().filter(|(name, _)| !name.starts_with(b":"));
+    let usual = usual.map(|(name, value)| {
+        // Blanks around a value are no part of it for HTTP/1.1.
+        (String::from_utf8_lossy(name).to_ascii_lowercase(), value.trim_ascii().to_vec())
+    });
+    let original = Message {
+        line,
+        fields: usual.collect(),
+        body: body.to_vec(),
+        complete: true,
+        ..Message::default()
+    };
+    assert!(is_same(&original, message), "{message:#?}\nfrom {original:#?}");
+    let sent = trailers.unwrap_or_default();
+    for (name, value) in &message.trailers {
+        let known = |(n, v): &(Vec<u8>, Vec<u8>)| n == name.as_bytes() && v.trim_ascii() == value;
+        assert!(sent.iter().any(known), "{name} is no trailer of {sent:?}");
+    }
+}
+
+/// Where a client's bytes are cut in two: anywhere, but for the same bytes always there.
+fn cut(data: &[u8]) -> usize {
+    let sum = data.iter().fold(7_usize, |sum, byte| sum.wrapping_mul(31) + usize::from(*byte));
+    // Half of them come in one piece.
+    if sum % 2 == 0 { data.len() } else { sum / 2 % (data.len() + 1) }
+}
+
+/// A node's answer that says what was asked.
+fn echo(message: &Message) -> Answer {
+    let [method, target, _] = &message.line;
+    let body = [&**method, b" ", target].concat();
+    let head = format!("HTTP/1.1 200 OK\r\nx-node: n0\r\ncontent-length: {}\r\n\r\n", body.len());
+    let body = if method == b"HEAD" { Vec::new() } else { body };
+    Answer { bytes: [head.into_bytes(), body].concat(), close: false }
+}
+
+fn is_of_the_node(answer: &Message) -> bool {
+    answer.status() == 200 && answer.has("x-node")
+}
+
+/// Whether it is litegate's own.
+fn is_own(answer: &Message) -> bool {
+    answer.has("proxy-status") && answer.status() >= 400
+}
+
+/// The requests that the node got, in order of arrival.
+fn forwarded(seen: &Seen) -> Vec<Message> {
+    let mut all = Vec::new();
+    for bytes in &seen.node {
+        let reading = agreed(bytes, Side::Requests);
+        assert!(reading.rest.is_empty(), "half a head: {}", shown(bytes));
+        all.extend(reading.messages);
+    }
+    for message in &all {
+        let [_, target, version] = &message.line;
+        assert_eq!(version, b"HTTP/1.1", "{message:#?}");
+        assert!(target.starts_with(b"/") || target == b"*", "{message:#?}");
+        assert_eq!(message.values("host").count(), 1, "{message:#?}");
+    }
+    all
+}
+
+/// What the client got, in answer to requests of these methods.
+fn answers(seen: &Seen, methods: &[Vec<u8>]) -> Vec<Message> {
+    let reading = agreed(&seen.client, Side::Responses(methods, seen.ended));
+    assert!(reading.rest.is_empty() || !seen.ended, "half a head: {}", shown(&seen.client));
+    for answer in &reading.messages {
+        assert!(answer.complete || !seen.ended || answer.framing != Framing::Close, "{answer:#?}");
+        assert_ne!(answer.status(), 101, "nobody asked for another protocol");
+    }
+    reading.messages
+}
+
+/// Reads what litegate wrote, by both readers.
+fn agreed(bytes: &[u8], side: Side<'_>) -> Reading {
+    let one = strict::read(bytes, side);
+    assert_eq!(one.wrong, None, "{}", shown(bytes));
+    let other = strict::read_by_httparse(bytes, side);
+    assert_eq!(other.wrong, None, "{}", shown(bytes));
+    assert_eq!(one.messages, other.messages, "{}", shown(bytes));
+    one
+}
+
+fn shown(bytes: &[u8]) -> String {
+    bytes.escape_ascii().to_string()
+}
+
+/// Whether a node got what the client sent.
+fn is_same(original: &Message, message: &Message) -> bool {
+    let body = if message.complete {
+        original.complete && original.body == message.body
+    } else {
+        original.body.starts_with(&message.body)
+    };
+    body && original.line[0] == message.line[0]
+        && is_target(&original.line[1], &message.line[1])
+        && has_same_fields(original, message)
+}
+
+/// Whether that is the target, or the origin form of it (RFC 9112 section 3.2.1: with a slash where
+/// an absolute form has no path).
+fn is_target(original: &[u8], target: &[u8]) -> bool {
+    let scheme = original.windows(3).position(|three| three == b"://");
+    let Some(scheme) = scheme.filter(|_| !original.starts_with(b"/")) else {
+        return original == target;
+    };
+    let rest = &original[scheme + 3..];
+    let path = rest.iter().position(|byte| matches!(byte, b'/' | b'?')).unwrap_or(rest.len());
+    match &rest[path..] {
+        [] => target == b"/" || target == b"*",
+        [b'/'] if target == b"*" => true,
+        [b'/', ..] => target == &rest[path..],
+        query => target.strip_prefix(b"/") == Some(query),
+    }
+}
+
+/// Fields that litegate sets, or that are about the hop, or addressed to it.
+fn is_ours(name: &str) -> bool {
+    matches!(
+        name,
+        "host"
+            | "via"
+            | "forwarded"
+            | "connection"
+            | "keep-alive"
+            | "proxy-connection"
+            | "proxy-authorization"
+            | "te"
+            | "transfer-encoding"
+            | "content-length"
+            | "upgrade"
+            | "http2-settings"
+            | "expect"
+            | "cookie"
+            | "x-real-ip"
+            | "sec-websocket-key"
+    ) || ["x-forwarded-", "client-cert", "x-client-cert", "fly-", "litegate-"]
+        .iter()
+        .any(|begin| name.starts_with(begin))
+}
+
+fn has_same_fields(original: &Message, message: &Message) -> bool {
+    let connection = original.values("connection").flat_map(|line| line.split(|b| *b == b','));
+    let named: Vec<String> =
+        connection.map(|name| String::from_utf8_lossy(name).trim().to_ascii_lowercase()).collect();
+    let names = original.fields.iter().chain(&message.fields).map(|(name, _)| name);
+    names.filter(|name| !is_ours(name) && !named.contains(name)).all(|name| {
+        // A name that gateways turn into another's may be refused passage.
+        let is_dropped = name.contains('_') && !message.has(name);
+        is_dropped || original.values(name).eq(message.values(name))
+    })
+}
+
+/// Cuts at the first two places.
+fn split<'d>(data: &'d [u8], at: &[u8]) -> Vec<&'d [u8]> {
+    let mut parts = Vec::new();
+    let mut rest = data;
+    while parts.len() < 2
+        && let Some(found) = rest.windows(at.len()).position(|window| window == at)
+    {
+        parts.push(&rest[..found]);
+        rest = &rest[found + at.len()..];
+    }
+    parts.push(rest);
+    parts
+}
+
+type Pair = (Vec<u8>, Vec<u8>);
+
+fn pairs(lines: &[u8]) -> Vec<Pair> {
+    let lines = lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    let pair = |line: &[u8]| {
+        let colon = line.windows(2).position(|two| two == b": ");
+        let (name, value) = line.split_at(colon.unwrap_or(line.len()));
+        (unescaped(name), unescaped(value.get(2..).unwrap_or_default()))
+    };
+    lines.map(pair).collect()
+}
+
+fn unescaped(text: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::new();
+    let mut bytes = text.iter();
+    while let Some(byte) = bytes.next() {
+        plain.push(match byte {
+            b'\\' => match bytes.next() {
+                Some(b'r') => b'\r',
+                Some(b'n') => b'\n',
+                Some(b'0') => 0,
+                Some(other) => *other,
+                None => b'\\',
+            },
+            other => *other,
+        });
+    }
+    plain
+}
+
+/// One frame of stream 1 (RFC 9113 section 4.1).
+fn frame(wire: &mut Vec<u8>, kind: u8, flags: u8, payload: &[u8]) {
+    let [_, a, b, c] = u32::try_from(payload.len()).expect("it is bounded").to_be_bytes();
+    wire.extend_from_slice(&[a, b, c, kind, flags, 0, 0, 0, 1]);
+    wire.extend_from_slice(payload);
+}
+
+/// Literal fields without indexing or compression (RFC 7541 section 6.2.2).
+fn block(fields: &[Pair]) -> Vec<u8> {
+    let mut block = Vec::new();
+    for (name, value) in fields {
+        block.push(0);
+        for text in [name, value] {
+            let mut length = text.len();
+            if length < 127 {
+                block.push(u8::try_from(length).expect("it is less than 127"));
+            } else {
+                block.push(127);
+                length -= 127;
+                while length >= 128 {
+                    block.push(u8::try_from(length % 128 + 128).expect("it is less than 256"));
+                    length /= 128;
+                }
+                block.push(u8::try_from(length).expect("it is less than 128"));
+            }
+            block.extend_from_slice(text);
+        }
+    }
+    block
+}
