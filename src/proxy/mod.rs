@@ -538,7 +538,9 @@ impl Proxy {
                     return Err(Problem::NotCaughtUp);
                 }
                 if self.next(walk, cluster, &request, &mut history, outcome)? == Next::Relay {
-                    self.acknowledge(walk, cluster, &request, &node, response.headers()).await?;
+                    let answered =
+                        Answered { node: &node, before: &before, head: response.headers() };
+                    self.acknowledge(walk, cluster, &request, answered).await?;
                     return Ok(self.relay(walk, cluster, response, connected, now));
                 }
                 self.shard.retried(cluster.index, request.class);
@@ -780,9 +782,9 @@ impl Proxy {
         walk: &mut Walk<'_>,
         cluster: &Cluster,
         request: &decide::Request,
-        node: &Node,
-        head: &http::HeaderMap,
+        answered: Answered<'_>,
     ) -> Result<(), Problem> {
+        let Answered { node, before, head } = answered;
         if let Some(session) = &mut walk.session {
             session.judge_again(cluster).await;
         }
@@ -799,6 +801,7 @@ impl Proxy {
             cookie: cluster.cookie(secure),
             secure,
             scope: walk.scope,
+            before,
             carried: walk.session.as_ref().and_then(|session| session.need.as_ref()),
         };
         let mut fields = std::mem::take(&mut walk.fields);
@@ -1117,6 +1120,14 @@ struct Turn<'a> {
     /// What the node is believed to be.
     role: Role,
     now: Instant,
+}
+
+/// What a node said to a request.
+struct Answered<'a> {
+    node: &'a Node,
+    /// Where it was before.
+    before: &'a Before,
+    head: &'a http::HeaderMap,
 }
 
 /// A node's answer, ready for the client.
