@@ -158,6 +158,7 @@ impl Session {
 
     /// Whether what a token stands for still is, asking the primary where only it can tell.
     async fn judge(&mut self, cluster: &Cluster, need: Need) {
+        cluster.hear_of(&need).await;
         let (mut standing, by) = standing(cluster, &need).await;
         if self.beyond && token::is_lost_beyond(&need, &by) {
             standing = Standing::Gone;
