@@ -538,6 +538,16 @@ impl Proxy {
                     return Err(Problem::NotCaughtUp);
                 }
                 if self.next(walk, cluster, &request, &mut history, outcome)? == Next::Relay {
+                    let succeeded =
+                        response.status().is_success() || response.status().is_redirection();
+                    if request.class == Class::Write
+                        && succeeded
+                        && outcome::is_left_behind(cluster, &node, &before)
+                    {
+                        // It is on that node's disk, and nowhere else.
+                        self.tell(walk, cluster, WriteOutcome::Unknown);
+                        return Err(Problem::MaybeExecuted);
+                    }
                     let answered =
                         Answered { node: &node, before: &before, head: response.headers() };
                     self.acknowledge(walk, cluster, &request, answered).await?;
@@ -760,17 +770,23 @@ impl Proxy {
         let until = until.filter(|_| replayable);
         let outcome = failed.settled(history, until).await;
         let repeats = until.is_some() && outcome == WriteOutcome::NotCommitted;
+        if repeats {
+            self.shard.unanswered(failed.cluster.index, Unanswered::Repeated);
+        } else {
+            self.tell(walk, failed.cluster, outcome);
+        }
+        repeats
+    }
+
+    /// Tells the client what became of its write.
+    fn tell(&self, walk: &mut Walk<'_>, cluster: &Cluster, outcome: WriteOutcome) {
         let counted = match outcome {
-            _ if repeats => Unanswered::Repeated,
             WriteOutcome::NotCommitted => Unanswered::NotCommitted,
             WriteOutcome::Unknown => Unanswered::Unknown,
         };
-        self.shard.unanswered(failed.cluster.index, counted);
-        if !repeats {
-            walk.outcome = Some(outcome);
-            walk.fields.push(outcome::field(outcome));
-        }
-        repeats
+        self.shard.unanswered(cluster.index, counted);
+        walk.outcome = Some(outcome);
+        walk.fields.push(outcome::field(outcome));
     }
 
     /// What the answer tells the client of what it wrote.
