@@ -1,19 +1,21 @@
 //! What became of a write whose answer never came.
 //!
 //! Its connection broke after bytes of it had left, so it may have run. The primary's positions
-//! tell in one case: another process is primary now, and its history goes on from exactly where
-//! the old primary was before the write was sent. Then whatever the write did is on a branch that
+//! tell in one case: another process is primary now, and its history goes on from where the old
+//! primary was before the write was sent, or has less of it. Then whatever the write did is on a branch that
 //! the cluster has left, and it never will be there: the app that had it hung up, or is gone, and
 //! is not the primary's. Everything else is unknown, above all a primary that lives: its app may
 //! commit after the connection broke.
 //!
 //! Where the new primary began is told by its own stream of events, in the order of its
-//! transactions ([`Epoch::start`]); what the old one's feed said may be older than the truth, which
-//! makes an equal beginning less likely, never wrong.
+//! transactions ([`Epoch::start`]). One that is primary when it is first heard has at most what it
+//! has then ([`Epoch::began`]). What the old one's feed said may be older than the truth, which
+//! makes an equal beginning less likely, never wrong. A primary that was seen to commit something
+//! meanwhile has it on its disk, and may come back with it: that is unknown, too.
 
 use smallvec::SmallVec;
 
-use super::FailureKind;
+use super::{FailureKind, token::Need};
 use crate::topology::{
     Epoch,
     position::{DATABASES, Database, Position, Positions},
@@ -25,6 +27,8 @@ use crate::topology::{
 pub struct Before {
     /// The process.
     incarnation: Option<u64>,
+    /// Whether it said that it was the primary.
+    is_primary: bool,
     databases: SmallVec<[(Database, Position); 2]>,
 }
 
@@ -32,7 +36,27 @@ impl Before {
     /// As its feed has it.
     pub fn of(positions: &Positions) -> Self {
         let databases = positions.iter().map(|(database, _, position)| (database, position));
-        Self { incarnation: positions.incarnation, databases: databases.collect() }
+        let (incarnation, is_primary) = (positions.incarnation, positions.is_primary);
+        let is_primary = is_primary == Some(true);
+        Self { incarnation, is_primary, databases: databases.collect() }
+    }
+
+    /// What a write that was sent to the primary then comes after.
+    pub fn need(&self) -> Option<Need> {
+        let is_known = self.is_primary && !self.databases.is_empty();
+        is_known.then(|| Need { lineage: self.incarnation, databases: self.databases.clone() })
+    }
+
+    /// Whether whoever was there has nothing that came after it, in any database.
+    fn is_beyond(&self, there: &Positions) -> bool {
+        there.iter().all(|(database, _, there)| {
+            self.databases.iter().any(|(known, at)| *known == database && there.txid <= at.txid)
+        })
+    }
+
+    fn is_left_behind_by(&self, next: &Epoch) -> bool {
+        next.start.as_ref().is_some_and(|start| self.is_at(start))
+            || next.began.as_ref().is_some_and(|began| self.is_beyond(began))
     }
 
     /// Whether `start` is the very same place: in every database of either.
@@ -92,11 +116,26 @@ pub fn judge(before: &Before, lineage: &[Epoch], over: bool, all: bool) -> Verdi
         return UNKNOWN;
     };
     let Some(next) = lineage.get(term + 1) else { return Verdict::Open };
+    let end = lineage.get(term).and_then(|epoch| epoch.end.as_ref());
+    if end.is_some_and(|end| !before.is_beyond(end)) {
+        // It was seen to commit something since then. That is on its disk, and may be what the
+        // cluster goes on from one day: a process that restarts can take the lease with it.
+        return UNKNOWN;
+    }
     match &next.start {
+        _ if before.is_left_behind_by(next) => Verdict::Settled(WriteOutcome::NotCommitted),
         None if term + 2 == lineage.len() => Verdict::Open,
-        Some(start) if before.is_at(start) => Verdict::Settled(WriteOutcome::NotCommitted),
         _ => UNKNOWN,
     }
+}
+
+/// Whether somebody took over who does not have what came after `before`. A write that was sent
+/// then is not in the history that goes on, whatever its node says of it.
+pub fn is_left_behind(before: &Before, lineage: &[Epoch], all: bool) -> bool {
+    let of = lineage.iter().rposition(|epoch| before.incarnation == Some(epoch.incarnation));
+    let next =
+        of.and_then(|of| lineage.get(of + 1)).filter(|_| all && !before.databases.is_empty());
+    next.is_some_and(|next| before.is_left_behind_by(next))
 }
 
 #[cfg(test)]
@@ -124,7 +163,7 @@ mod tests {
 
     fn epoch(process: u64, start: Option<&[(&str, Position)]>) -> Epoch {
         let start = start.map(|databases| Arc::new(positions(process, databases)));
-        Epoch { incarnation: process, start }
+        Epoch { incarnation: process, start, ..Epoch::default() }
     }
 
     fn before(databases: &[(&str, Position)]) -> Before {
@@ -161,6 +200,39 @@ mod tests {
     }
 
     #[test]
+    fn less_than_there_was_before_proves_it_too() {
+        for (began, verdict) in [
+            (&[("a", at(5, 1))][..], NOT_COMMITTED),
+            (&[("a", at(4, 1))], NOT_COMMITTED),
+            (&[("a", at(5, 2))], NOT_COMMITTED),
+            // Its own transactions, perhaps.
+            (&[("a", at(6, 1))], Verdict::Open),
+            (&[("a", at(5, 1)), ("b", at(1, 1))], Verdict::Open),
+        ] {
+            let began = Some(Arc::new(positions(2, began)));
+            // What checksums make likely is no proof.
+            let kept = Some([(Database::named("a"), 3)].into());
+            let lineage = [epoch(1, None), Epoch { began, kept, ..epoch(2, None) }];
+            assert_eq!(judge(&before(&[("a", at(5, 1))]), &lineage, true, true), verdict);
+        }
+    }
+
+    #[test]
+    fn what_is_on_a_disk_may_come_back() {
+        let before = before(&[("a", at(5, 1))]);
+        for (end, verdict) in [(5, NOT_COMMITTED), (6, UNKNOWN)] {
+            let end = Some(Arc::new(positions(1, &[("a", at(end, 1))])));
+            let first = Epoch { end, ..epoch(1, None) };
+            let lineage = [first, epoch(2, Some(&[("a", at(5, 1))]))];
+            assert_eq!(judge(&before, &lineage, true, true), verdict);
+            assert!(is_left_behind(&before, &lineage, true));
+            assert!(!is_left_behind(&before, &lineage, false), "a database that nobody follows");
+        }
+        assert!(!is_left_behind(&before, &[epoch(1, None)], true));
+        assert!(!is_left_behind(&before, &[epoch(1, None), epoch(2, None)], true));
+    }
+
+    #[test]
     fn a_checksum_that_nobody_knows_proves_nothing() {
         let blind = ("a", Position { txid: 5, checksum: 0 });
         let lineage = [epoch(1, None), epoch(2, Some(&[blind]))];
@@ -188,6 +260,7 @@ mod tests {
         fn what_survived_is_never_called_uncommitted(
             sent in 1_u64..20, stale in 0_u64..3, ran in any::<bool>(), late in 0_u64..4,
             kept in 0_u64..30, known in any::<bool>(), further in 0_u64..3,
+            heard in proptest::option::of(0_u64..3),
         ) {
             // The primary was at `sent`, of which its feed knew all but `stale`; the write, if it
             // ran, became a transaction after `late` others, and the next primary kept some.
@@ -198,8 +271,10 @@ mod tests {
             let survived = ran && start >= write;
             let database = |txid| [("a", at(txid, 1))];
             let second = database(start);
-            let lineage = [epoch(1, None), epoch(2, known.then_some(&second[..]))];
-            let verdict = judge(&before(&database(knew)), &lineage, true, true);
+            // It may have gone on when it was first heard.
+            let began = heard.map(|heard| Arc::new(positions(2, &database(start + heard))));
+            let next = Epoch { began, ..epoch(2, known.then_some(&second[..])) };
+            let verdict = judge(&before(&database(knew)), &[epoch(1, None), next], true, true);
             prop_assert!(!survived || verdict != NOT_COMMITTED);
             if known && start == knew {
                 prop_assert_eq!(verdict, NOT_COMMITTED);

@@ -20,6 +20,7 @@ use crate::{
     litefs::TXID_COOKIE,
     topology::{
         Epoch,
+        lineage::Kept,
         position::{DATABASES, Database, Position, Positions, Reach},
     },
 };
@@ -34,6 +35,7 @@ const VERSION: u8 = 1;
 const NEED: u8 = 0;
 const AFFINITY: u8 = 1;
 const BLIND: u8 = 2;
+const BEYOND: u8 = 3;
 /// How much of the HMAC is kept: 128 bits are beyond guessing.
 const MAC: usize = 16;
 /// How far in the future an affinity may end beyond its length: clocks differ.
@@ -70,14 +72,18 @@ impl Need {
             })
     }
 
-    /// Whether a node has all of it, if the primary has. Where nobody saw how the node got to
-    /// where it is, it has to be on the primary's branch.
+    /// Whether a node has all of it, if the primary has. Where nobody saw or remembers how the node
+    /// got to where it is, it has to be on the primary's branch; or, while it can't be told from
+    /// one that is, it has to have been seen to pass.
     pub fn is_reached(&self, node: &Positions, primary: Option<&Positions>) -> Reach {
         match self.reach(node) {
-            Reach::Unknown if primary.is_some_and(|primary| node.is_on_branch_of(primary)) => {
-                Reach::Reached
+            Reach::Unknown => {
+                let primary = primary.filter(|primary| !primary.is_empty());
+                let is_on_branch = primary.is_some_and(|primary| node.is_on_branch_of(primary));
+                let may_be = || primary.is_none_or(|primary| node.may_follow(primary));
+                let is_there = is_on_branch || may_be() && node.has_passed(&self.databases);
+                if is_there { Reach::Reached } else { Reach::NotYet }
             }
-            Reach::Unknown => Reach::NotYet,
             seen => seen,
         }
     }
@@ -105,6 +111,8 @@ pub enum Token {
     Blind {
         /// By position.
         need: Need,
+        /// Whether that write certainly came after it.
+        beyond: bool,
         /// The primary until then.
         until: u64,
     },
@@ -221,7 +229,9 @@ impl Token {
         let (kind, need, until) = match self {
             Self::Need(need) => (NEED, Some(need), None),
             Self::Affinity(until) => (AFFINITY, None, Some(until)),
-            Self::Blind { need, until } => (BLIND, Some(need), Some(until)),
+            Self::Blind { need, beyond, until } => {
+                (if *beyond { BEYOND } else { BLIND }, Some(need), Some(until))
+            }
         };
         bytes.extend_from_slice(&[VERSION, kind]);
         bytes.extend_from_slice(&key.cluster.to_be_bytes());
@@ -258,7 +268,7 @@ impl Token {
             bytes.split_at_checked(length.saturating_sub(MAC)).ok_or(Void::Malformed)?;
         let mut rest = signed;
         let head = take::<6>(&mut rest).ok_or(Void::Malformed)?;
-        let [VERSION, kind @ NEED..=BLIND, cluster @ ..] = head else {
+        let [VERSION, kind @ NEED..=BEYOND, cluster @ ..] = head else {
             return Err(Void::Malformed);
         };
         if u32::from_be_bytes(cluster) != key.cluster {
@@ -295,7 +305,7 @@ impl Token {
         let need = Need { lineage: Some(first).filter(|id| *id != 0), databases };
         Ok(match until {
             None => Self::Need(need),
-            Some(until) => Self::Blind { need, until },
+            Some(until) => Self::Blind { need, beyond: kind == BEYOND, until },
         })
     }
 }
@@ -384,26 +394,43 @@ pub enum Standing {
 
 /// Judges a token by the primaries that were and the positions of the one that is.
 ///
-/// A later primary began without what its predecessor had done beyond that begin: the transactions
-/// since then have the same numbers, and are others.
+/// A later primary has of its predecessors' history what it kept: the transactions since then have
+/// the same numbers, and are others.
 pub fn judge(need: &Need, lineage: &[Epoch], primary: Option<&Positions>) -> Standing {
-    let goes_beyond = |start: &Positions| {
+    if primary.is_some_and(|primary| primary.contains(&need.databases) == Some(true)) {
+        // However it came there.
+        return Standing::Stands;
+    }
+    let goes_beyond = |kept: &Kept| {
+        need.databases.iter().any(|(database, needed)| {
+            kept.iter().any(|(known, kept)| known == database && needed.txid > *kept)
+        })
+    };
+    let is_after = |start: &Positions| {
         need.databases.iter().any(|(database, needed)| {
             start.get(*database).is_some_and(|began| needed.txid > began.txid)
         })
     };
     // A process may have been primary more than once: the token is of one of the times that began
-    // before its position.
-    let is_of = |epoch: &Epoch| {
-        need.lineage == Some(epoch.incarnation) && epoch.start.as_deref().is_none_or(goes_beyond)
+    // before its position, and, as far as their checksums are remembered, of the one that has it.
+    let may_be_of = |epoch: &Epoch| {
+        need.lineage == Some(epoch.incarnation) && epoch.start.as_deref().is_none_or(is_after)
     };
     let is_lost_after = |of: usize| {
         let later = lineage.get(of + 1..).unwrap_or_default();
-        later.iter().filter_map(|epoch| epoch.start.as_deref()).any(goes_beyond)
+        later.iter().filter_map(|epoch| epoch.kept.as_ref()).any(goes_beyond)
     };
-    let (first, last) = match need.lineage {
-        Some(_) => (lineage.iter().position(is_of), lineage.iter().rposition(is_of)),
-        None => (None, None),
+    let times = || lineage.iter().enumerate().filter(|(_, epoch)| may_be_of(epoch));
+    let contains =
+        |epoch: &Epoch| epoch.end.as_deref().and_then(|end| end.contains(&need.databases));
+    let certain = || times().find(|(_, epoch)| contains(epoch) == Some(true));
+    let mut possible = times().filter(|(_, epoch)| contains(epoch) != Some(false));
+    let (first, last) = match certain() {
+        Some((of, _)) => (Some(of), Some(of)),
+        None => {
+            let first = possible.next().map(|(of, _)| of);
+            (first, possible.last().map(|(of, _)| of).or(first))
+        }
     };
     if last.is_some_and(is_lost_after) {
         return Standing::Gone;
@@ -434,6 +461,19 @@ pub fn judge(need: &Need, lineage: &[Epoch], primary: Option<&Positions>) -> Sta
         }
         Reach::NotYet => Standing::Ahead,
     }
+}
+
+/// Whether a write that came after `need`, nobody knows how far, is certainly lost: somebody took
+/// over who had nothing beyond it.
+pub fn is_lost_beyond(need: &Need, lineage: &[Epoch]) -> bool {
+    let of = lineage.iter().rposition(|epoch| need.lineage == Some(epoch.incarnation));
+    let later = of.and_then(|of| lineage.get(of + 1..)).unwrap_or_default();
+    let has_nothing_more = |kept: &Kept| {
+        kept.iter().all(|(database, kept)| {
+            need.databases.iter().any(|(known, needed)| known == database && *kept <= needed.txid)
+        })
+    };
+    later.iter().filter_map(|epoch| epoch.kept.as_ref()).any(has_nothing_more)
 }
 
 #[cfg(test)]
@@ -470,7 +510,9 @@ mod tests {
     }
 
     fn epoch(incarnation: u64, start: Option<Positions>) -> Epoch {
-        Epoch { incarnation, start: start.map(Arc::new) }
+        let kept = start.as_ref().map(|start| start.iter().map(|(d, _, at)| (d, at.txid)));
+        let kept = kept.map(Iterator::collect);
+        Epoch { incarnation, start: start.map(Arc::new), kept, ..Epoch::default() }
     }
 
     #[test]
@@ -561,6 +603,50 @@ mod tests {
     }
 
     #[test]
+    fn a_lost_write_is_told_from_its_number_s_next_use_long_after() {
+        // As above, and nobody remembers the primary's checksum there, but the first time's end.
+        let first = Epoch { end: Some(Arc::new(at(1, 1, 15, 1))), ..epoch(1, None) };
+        let lineage = [first, epoch(2, Some(at(2, 1, 5, 1))), epoch(1, Some(at(1, 1, 8, 2)))];
+        let long_ago = at(1, 9, 1_000, 3);
+        assert_eq!(judge(&need(1, 15, 1), &lineage, Some(&long_ago)), Standing::Gone);
+        assert_eq!(judge(&need(1, 15, 3), &lineage, Some(&long_ago)), Standing::Stands);
+        assert_eq!(judge(&need(1, 4, 1), &lineage, Some(&long_ago)), Standing::Stands);
+        // A number that it did not reach the first time.
+        assert_eq!(judge(&need(1, 16, 3), &lineage, Some(&long_ago)), Standing::Stands);
+    }
+
+    #[test]
+    fn a_primary_that_goes_on_from_a_tail_that_was_left_behind_has_what_it_kept() {
+        // Process 3 restarted with 9 transactions of the first primary, of which the second had
+        // kept 5, and was primary when it was first heard: where it was says nothing.
+        let strayed = Epoch { kept: Some([(app(), 5)].into()), ..epoch(3, None) };
+        let lineage = [epoch(1, None), epoch(2, Some(at(2, 1, 5, 1))), strayed];
+        let primary = at(3, 9, 20, 3);
+        assert_eq!(judge(&need(2, 7, 2), &lineage, Some(&primary)), Standing::Gone);
+        assert_eq!(judge(&need(1, 5, 1), &lineage, Some(&primary)), Standing::Stands);
+        assert_eq!(judge(&need(3, 10, 3), &lineage, Some(&primary)), Standing::Stands);
+    }
+
+    #[test]
+    fn a_write_of_unknown_position_is_lost_where_nothing_after_it_was_kept() {
+        let with = |kept: &[(&str, u64)]| {
+            let kept = kept.iter().map(|(name, txid)| (Database::named(name), *txid)).collect();
+            [epoch(1, None), Epoch { kept: Some(kept), ..epoch(2, None) }]
+        };
+        for (kept, is_lost) in [
+            (&[("app.db", 7)][..], true),
+            (&[("app.db", 6)], true),
+            (&[("app.db", 8)], false),
+            (&[("app.db", 7), ("other", 1)], false),
+        ] {
+            assert_eq!(is_lost_beyond(&need(1, 7, 1), &with(kept)), is_lost, "{kept:?}");
+            assert!(!is_lost_beyond(&need(2, 7, 1), &with(kept)), "the primary's own");
+            assert!(!is_lost_beyond(&need(3, 7, 1), &with(kept)), "a stranger's");
+        }
+        assert!(!is_lost_beyond(&need(1, 7, 1), &[epoch(1, None), epoch(2, None)]));
+    }
+
+    #[test]
     fn checksums_tell_where_the_lineage_is_not_known() {
         let primary = at(2, 1, 9, 2);
         assert_eq!(judge(&need(7, 8, 1), &[], Some(&primary)), Standing::Gone);
@@ -596,15 +682,30 @@ mod tests {
         assert_eq!(token.is_reached(&old, None), Reach::Reached);
     }
 
+    #[test]
+    fn a_node_far_ahead_on_a_branch_of_its_own_has_nothing() {
+        // A primary that was left behind went on from 7 to 150: it remembers no 8 any more.
+        let left = at(1, 1, 150, 1);
+        let token = need(2, 8, 2);
+        assert_eq!(token.reach(&left), Reach::Unknown);
+        assert_eq!(token.is_reached(&left, Some(&at(2, 7, 8, 2))), Reach::NotYet);
+        assert_eq!(token.is_reached(&left, Some(&at(2, 7, 200, 2))), Reach::NotYet);
+        // One that lags far behind the primary is no suspect, nor is anyone while there is none.
+        let lagging = at(2, 1, 150, 2);
+        assert_eq!(token.is_reached(&lagging, Some(&at(2, 7, 500, 2))), Reach::Reached);
+        assert_eq!(token.is_reached(&lagging, None), Reach::Reached);
+        assert_eq!(token.is_reached(&at(2, 20, 150, 2), None), Reach::NotYet, "not seen to pass");
+    }
+
     proptest! {
         #[test]
         fn whatever_is_written_can_be_read(
-            lineage in any::<Option<u64>>(),
+            lineage in any::<Option<u64>>(), beyond in any::<bool>(),
             databases in proptest::collection::vec((any::<u32>(), any::<u64>(), any::<u64>()), 0..DATABASES),
         ) {
             let databases = databases.into_iter().map(|(d, txid, checksum)| (Database(d), Position { txid, checksum }));
             let need = Need { lineage: lineage.filter(|id| *id != 0), databases: databases.collect() };
-            let blind = Token::Blind { need: need.clone(), until: NOW };
+            let blind = Token::Blind { need: need.clone(), beyond, until: NOW };
             prop_assert_eq!(Token::decode(blind.encode(&key()).as_bytes(), &key(), NOW, AFFINITY), Ok(blind));
             let token = Token::Need(need);
             prop_assert_eq!(Token::decode(token.encode(&key()).as_bytes(), &key(), NOW, AFFINITY), Ok(token));

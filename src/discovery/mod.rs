@@ -26,7 +26,7 @@ use crate::{
     telemetry::metrics::DiscoveryCells,
     topology::{
         Change, Member, Observation, Presence, PrimaryName, Saw, Source, Topology, eject,
-        position::Positions,
+        lineage::Kept,
         progress::Progress,
         reconcile::{Rules, State},
         watch,
@@ -188,8 +188,8 @@ struct Fold {
     lookups: JoinSet<()>,
     /// The primary that acknowledged last.
     acknowledging: Option<Acknowledging>,
-    /// Those before it, and where their successors began; at most [`DEPOSED`].
-    deposed: Vec<(Acknowledging, Arc<Positions>)>,
+    /// Those before it, and what their successors kept; at most [`DEPOSED`].
+    deposed: Vec<(Acknowledging, Kept)>,
 }
 
 /// A primary, for when it has a successor.
@@ -258,15 +258,8 @@ impl Fold {
         if before.incarnation == now.incarnation {
             return;
         }
-        // One that was primary when it was first heard will never tell where it began: then what
-        // it has now counts, which is as much or more. Others tell it a moment later.
-        let first_heard = || {
-            let told = primary.progress.snapshot();
-            let is_its = told.incarnation == Some(epoch.incarnation);
-            (is_its && told.is_primary == Some(true)).then_some(told)
-        };
-        let Some(start) = epoch.start.clone().or_else(first_heard) else { return };
-        self.deposed.extend(self.acknowledging.replace(now).map(|before| (before, start)));
+        let Some(kept) = epoch.kept.clone() else { return };
+        self.deposed.extend(self.acknowledging.replace(now).map(|before| (before, kept)));
         let surplus = self.deposed.len().saturating_sub(DEPOSED);
         self.deposed.drain(..surplus);
         self.count_late(changes);
@@ -280,8 +273,8 @@ impl Fold {
         self.deposed.retain(|(before, _)| {
             primary.as_ref().is_none_or(|primary| !Arc::ptr_eq(primary, &before.progress))
         });
-        for (before, start) in &self.deposed {
-            let writes = before.progress.lost(start);
+        for (before, kept) in &self.deposed {
+            let writes = before.progress.lost(kept);
             if writes > 0 {
                 changes.push(Change::WritesLost { from: Arc::clone(&before.name), writes });
             }

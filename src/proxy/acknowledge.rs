@@ -18,6 +18,7 @@ use crate::{
     config::cluster::{Mode, OnTimeout},
     decide::{
         Problem,
+        outcome::Before,
         token::{Need, TOKEN, Token, Void},
     },
     litefs::TXID_COOKIE,
@@ -55,6 +56,8 @@ pub(super) struct To<'a> {
     pub(super) secure: bool,
     /// Where others see it, on a route that says so.
     pub(super) scope: Option<u64>,
+    /// Where the node was when the request was sent there.
+    pub(super) before: &'a Before,
     /// What the client had seen before.
     pub(super) carried: Option<&'a Need>,
 }
@@ -89,9 +92,10 @@ impl To<'_> {
                 let until = unix_millis()
                     .saturating_add(u64::try_from(rules.affinity.as_millis()).unwrap_or(u64::MAX));
                 // What the client has seen before still counts, above all if it gets lost.
-                if let Some(need) = self.seen_before().filter(|_| rules.mode == Mode::Token) {
+                let seen = self.seen_before().filter(|_| rules.mode == Mode::Token);
+                if let Some((need, beyond)) = seen {
                     let age = rules.token_age.as_secs().max(1);
-                    self.carry(&Token::Blind { need, until }, age, fields);
+                    self.carry(&Token::Blind { need, beyond, until }, age, fields);
                 } else {
                     let age = rules.affinity.as_secs().max(1);
                     self.carry(&Token::Affinity(until), age, fields);
@@ -133,18 +137,24 @@ impl To<'_> {
         Some(Need { lineage: self.lineage(&exact), databases: databases.collect() })
     }
 
-    /// How far the client's own token or the node's feed had come before this write.
-    fn seen_before(&self) -> Option<Need> {
+    /// How far the client's own token or the node's feed had come, and whether this write
+    /// certainly came after that.
+    fn seen_before(&self) -> Option<(Need, bool)> {
         let known = self.progress.get();
-        let databases = known.iter().map(|(database, _, position)| (database, position));
-        let feed = Need { lineage: self.lineage(&known), databases: databases.collect() };
-        match self.carried {
+        let (seen, beyond) = if known.is_empty() {
+            // What it said before the write was sent.
+            (self.before.need(), true)
+        } else {
+            let databases = known.iter().map(|(database, _, position)| (database, position));
+            let feed = Need { lineage: self.lineage(&known), databases: databases.collect() };
+            (Some(feed), false)
+        };
+        match (self.carried, seen) {
             // Of another primary: whether that is lost is for a later judgement.
-            Some(old) if known.is_empty() || old.lineage != feed.lineage || old.is_after(&feed) => {
-                Some(old.clone())
-            }
-            _ if known.is_empty() => None,
-            _ => Some(feed),
+            (Some(old), Some(seen)) if old.lineage != seen.lineage => Some((old.clone(), false)),
+            (Some(old), Some(seen)) if old.is_after(&seen) => Some((old.clone(), beyond)),
+            (_, Some(seen)) => Some((seen, beyond)),
+            (old, None) => old.map(|old| (old.clone(), false)),
         }
     }
 

@@ -23,7 +23,7 @@ use crate::{
     decide::{
         self, Demands,
         balance::PeakEwma,
-        token::{Key, Token, TokenRead, Void},
+        token::{Key, Need, Token, TokenRead, Void},
     },
     discovery::Observer,
     net::tls::Tls,
@@ -43,6 +43,12 @@ const HEARTBEATS: Duration = Duration::from_secs(2);
 /// How long a node's API may be silent before a read that waits for its answer tries another: it
 /// is asked each second.
 const SILENT: Duration = Duration::from_secs(3);
+
+/// How long a token's primary may be one that this instance has not heard of yet: it asks every
+/// node each second, and takes up to half a second to hear.
+const UNHEARD: Duration = Duration::from_secs(2);
+/// Primaries that only tokens tell of, remembered.
+const STRANGERS: usize = 16;
 
 /// What this worker remembers of a node to balance by.
 #[derive(Debug)]
@@ -110,6 +116,8 @@ pub(super) struct Cluster {
     /// The primaries so far, as this worker last saw them: a session notes by which it was judged,
     /// and does so without a counter that all workers share.
     lineage: RefCell<Lineage>,
+    /// Primaries that only tokens tell of, and since when.
+    strangers: RefCell<SmallVec<[(u64, Instant); 2]>>,
     cookies: [Box<str>; 2],
 }
 
@@ -154,6 +162,7 @@ impl Cluster {
             key: RefCell::default(),
             tokens: RefCell::default(),
             lineage: RefCell::default(),
+            strangers: RefCell::default(),
             cookies,
         }
     }
@@ -229,6 +238,54 @@ impl Cluster {
             *lineage = Rc::new(Arc::clone(&topology.lineage));
         }
         look(&lineage, topology.primary().map(|node| &node.progress))
+    }
+
+    /// Returns when the token's primary is among those that this instance has seen, or is none that
+    /// it may still hear of. Another instance may know a newer one: by the old one's history its
+    /// writes look lost, or like others with the same numbers.
+    pub(super) async fn hear_of(&self, need: &Need) {
+        let Some(process) = need.lineage else { return };
+        let is_heard = |topology: &Topology| {
+            let has =
+                |node: &topology::Node| node.progress.get().contains(&need.databases) == Some(true);
+            topology.lineage.iter().any(|epoch| epoch.incarnation == process)
+                || topology.primary().is_some_and(has)
+        };
+        if is_heard(self.topology.borrow_mut().latest()) {
+            return;
+        }
+        let began = Instant::now();
+        let until = self.stranger_since(process, began) + UNHEARD;
+        if until <= began {
+            return;
+        }
+        let mut reader = self.topology.borrow().clone();
+        let bell = Arc::clone(&reader.latest().bell);
+        // Without a place to wait it is judged by what is known.
+        let Some(_place) = bell.listen(self.config.hold.max_requests) else { return };
+        while Instant::now() < until && !is_heard(reader.latest()) {
+            let seen = reader.latest().generation;
+            tokio::select! {
+                newer = reader.newer_than(seen) => if newer.is_err() {
+                    return;
+                },
+                () = sleep_until(until) => {}
+            }
+        }
+        self.counted(|cells| cells.wait.observe(began.elapsed()));
+    }
+
+    /// Since when this one is told of.
+    fn stranger_since(&self, process: u64, now: Instant) -> Instant {
+        let mut strangers = self.strangers.borrow_mut();
+        if let Some((_, since)) = strangers.iter().find(|(known, _)| *known == process) {
+            return *since;
+        }
+        if strangers.len() == STRANGERS {
+            strangers.remove(0);
+        }
+        strangers.push((process, now));
+        now
     }
 
     /// Where the primary is.

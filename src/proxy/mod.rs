@@ -545,7 +545,19 @@ impl Proxy {
                     return Err(Problem::NotCaughtUp);
                 }
                 if self.next(walk, cluster, &request, &mut history, outcome)? == Next::Relay {
-                    self.acknowledge(walk, cluster, &request, &node, response.headers()).await?;
+                    let succeeded =
+                        response.status().is_success() || response.status().is_redirection();
+                    if request.class == Class::Write
+                        && succeeded
+                        && outcome::is_left_behind(cluster, &node, &before)
+                    {
+                        // It is on that node's disk, and nowhere else.
+                        self.tell(walk, cluster, WriteOutcome::Unknown);
+                        return Err(Problem::MaybeExecuted);
+                    }
+                    let answered =
+                        Answered { node: &node, before: &before, head: response.headers() };
+                    self.acknowledge(walk, cluster, &request, answered).await?;
                     return Ok(self.relay(walk, cluster, response, connected, now));
                 }
                 self.shard.retried(cluster.index, request.class);
@@ -815,17 +827,23 @@ impl Proxy {
         let until = until.filter(|_| replayable);
         let outcome = failed.settled(history, until).await;
         let repeats = until.is_some() && outcome == WriteOutcome::NotCommitted;
+        if repeats {
+            self.shard.unanswered(failed.cluster.index, Unanswered::Repeated);
+        } else {
+            self.tell(walk, failed.cluster, outcome);
+        }
+        repeats
+    }
+
+    /// Tells the client what became of its write.
+    fn tell(&self, walk: &mut Walk<'_>, cluster: &Cluster, outcome: WriteOutcome) {
         let counted = match outcome {
-            _ if repeats => Unanswered::Repeated,
             WriteOutcome::NotCommitted => Unanswered::NotCommitted,
             WriteOutcome::Unknown => Unanswered::Unknown,
         };
-        self.shard.unanswered(failed.cluster.index, counted);
-        if !repeats {
-            walk.outcome = Some(outcome);
-            walk.fields.push(outcome::field(outcome));
-        }
-        repeats
+        self.shard.unanswered(cluster.index, counted);
+        walk.outcome = Some(outcome);
+        walk.fields.push(outcome::field(outcome));
     }
 
     /// What the answer tells the client of what it wrote.
@@ -837,9 +855,9 @@ impl Proxy {
         walk: &mut Walk<'_>,
         cluster: &Cluster,
         request: &decide::Request,
-        node: &Node,
-        head: &http::HeaderMap,
+        answered: Answered<'_>,
     ) -> Result<(), Problem> {
+        let Answered { node, before, head } = answered;
         if let Some(session) = &mut walk.session {
             session.judge_again(cluster).await;
         }
@@ -856,6 +874,7 @@ impl Proxy {
             cookie: cluster.cookie(secure),
             secure,
             scope: walk.scope,
+            before,
             carried: walk.session.as_ref().and_then(|session| session.need.as_ref()),
         };
         let mut fields = std::mem::take(&mut walk.fields);
@@ -1180,6 +1199,14 @@ struct Turn<'a> {
     /// What the node is believed to be.
     role: Role,
     now: Instant,
+}
+
+/// What a node said to a request.
+struct Answered<'a> {
+    node: &'a Node,
+    /// Where it was before.
+    before: &'a Before,
+    head: &'a http::HeaderMap,
 }
 
 /// A node's answer, ready for the client.

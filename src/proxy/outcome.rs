@@ -81,6 +81,15 @@ impl Failed<'_> {
     }
 }
 
+/// Whether a write that `node` has answered with success, and was sent to it at `before`, is on a
+/// branch that the cluster has left already. Then the answer is worth nothing.
+pub(super) fn is_left_behind(cluster: &Cluster, node: &Node, before: &Before) -> bool {
+    let mut topology = cluster.topology.borrow_mut();
+    let topology = topology.latest();
+    let all = cluster.config.consistency.databases.is_empty();
+    topology.primary != Some(node.id) && outcome::is_left_behind(before, &topology.lineage, all)
+}
+
 /// Whether no earlier attempt may have run: of that one, nothing is remembered.
 fn is_only(history: &History) -> bool {
     let written = |ended| matches!(ended, Ended::Failed(Failure { written: true, .. }));

@@ -35,6 +35,8 @@ const FEED: Duration = Duration::from_millis(100);
 pub(super) struct Session {
     /// What it must not read the past of.
     pub(super) need: Option<Need>,
+    /// The client's last write came after `need`, and nobody knows how far.
+    beyond: bool,
     /// The primaries by which `need` was judged.
     judged_by: Option<Lineage>,
     /// What the last write to the same place needs, on a route whose reads see it.
@@ -91,7 +93,8 @@ pub(super) async fn of(
             match cluster.read_token(text) {
                 Ok(Token::Need(need)) => session.judge(cluster, need).await,
                 Ok(Token::Affinity(until)) => request.demands.primary = unix_millis() < until,
-                Ok(Token::Blind { need, until }) => {
+                Ok(Token::Blind { need, beyond, until }) => {
+                    session.beyond = beyond && rules.databases.is_empty();
                     session.judge(cluster, need).await;
                     request.demands.primary = unix_millis() < until;
                 }
@@ -155,7 +158,11 @@ impl Session {
 
     /// Whether what a token stands for still is, asking the primary where only it can tell.
     async fn judge(&mut self, cluster: &Cluster, need: Need) {
-        let (standing, by) = standing(cluster, &need).await;
+        cluster.hear_of(&need).await;
+        let (mut standing, by) = standing(cluster, &need).await;
+        if self.beyond && token::is_lost_beyond(&need, &by) {
+            standing = Standing::Gone;
+        }
         self.judged_by = Some(by);
         match standing {
             Standing::Stands => self.need = Some(need),

@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use super::{
-    litegate::{RESPONSE, front},
+    litegate::{DURABLE, RESPONSE, front},
     node::value_of,
     wire::Message,
     world::{INSTANCES, World},
@@ -59,6 +59,18 @@ impl Client {
         Key { kind: Kind::List, slot: self.number, generation: 0 }
     }
 
+    /// Writes the next value to its own list.
+    pub(super) async fn write(&mut self, instance: usize) -> End {
+        self.written += 1;
+        let value = Value { client: self.number, number: self.written };
+        self.act(instance, Operation::Write(self.own(), value)).await
+    }
+
+    /// Reads its own list.
+    pub(super) async fn read(&mut self, instance: usize) -> End {
+        self.act(instance, Operation::Read(self.own())).await
+    }
+
     fn shared() -> Key {
         Key { kind: Kind::List, slot: 99, generation: 0 }
     }
@@ -92,10 +104,10 @@ impl Client {
         }
     }
 
-    async fn act(&mut self, instance: usize, operation: Operation) {
+    pub(super) async fn act(&mut self, instance: usize, operation: Operation) -> End {
         let number = self.number;
         let began = Instant::now();
-        let began_at = self.world.at();
+        let began_at = self.world.stamp();
         self.record(Event::Began { at: began_at, client: number, operation });
         let is_write = matches!(operation, Operation::Write(..));
         let longest = self.longest(is_write);
@@ -127,14 +139,15 @@ impl Client {
             operation = text(operation),
             outcome = brief(&end.outcome),
         ));
-        self.record(Event::Ended { at: self.world.at(), client: number, end });
+        self.record(Event::Ended { at: self.world.stamp(), client: number, end: end.clone() });
+        end
     }
 
     /// The longest that anything may take: held until the deadline, and then an attempt on a node
     /// that does not answer; a read tries three. What takes longer has been forgotten.
     fn longest(&self, is_write: bool) -> Duration {
         let attempts = if is_write { 1 } else { 3 };
-        self.world.hold + RESPONSE * attempts + Duration::from_secs(4)
+        self.world.hold + RESPONSE * attempts + DURABLE + Duration::from_secs(4)
     }
 
     fn record(&self, event: Event) {
@@ -178,10 +191,11 @@ impl Client {
         let status = answer.head.status()?;
         let text = String::from_utf8_lossy(&answer.body).into_owned();
         let mut end = End::of(outcome(operation, status, &text, &answer));
-        if let (Outcome::Acknowledged, Operation::Write(_, value)) = (&end.outcome, operation)
-            && is_affinity(answer.head.text("litegate-token"))
-        {
-            self.world.blind.borrow_mut().insert(value);
+        if let (Outcome::Acknowledged, Operation::Write(_, value)) = (&end.outcome, operation) {
+            self.world.acknowledged(value);
+            if is_blind(answer.head.text("litegate-token")) {
+                self.world.blind.borrow_mut().insert(value);
+            }
         }
         end.status = Some(status);
         end.node = answer.head.text("x-node").map(Into::into);
@@ -206,10 +220,10 @@ impl Client {
     }
 }
 
-/// Whether a token says how long, rather than where: its second byte tells.
-fn is_affinity(token: Option<&str>) -> bool {
+/// Whether a token says how long, rather than where that very write is: its second byte tells.
+fn is_blind(token: Option<&str>) -> bool {
     let bytes = token.and_then(|token| URL_SAFE_NO_PAD.decode(token).ok());
-    bytes.is_some_and(|bytes| bytes.get(1) == Some(&1))
+    bytes.is_some_and(|bytes| bytes.get(1).is_some_and(|kind| *kind > 0))
 }
 
 fn path(key: Key) -> String {

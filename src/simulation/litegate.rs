@@ -16,7 +16,7 @@ use http::{Request, Response};
 use tokio::{sync::Semaphore, task::JoinSet, time::interval};
 
 use super::{
-    Mutation,
+    Mutation, consul,
     world::{APP, NODES, World, address, name},
 };
 use crate::{
@@ -63,6 +63,16 @@ pub(super) fn config(world: &World, instance: usize, mutation: Option<Mutation>)
         Some(Mutation::RepeatsWrites) => "[[route]]\npath = \"/\"\nidempotent = true\n",
         _ => "",
     };
+    let replicas = match mutation {
+        Some(Mutation::IgnoresReplicas) => 0,
+        _ => world.replicas,
+    };
+    let consul = if world.asks_consul {
+        let url = format!("http://{}", consul::address(instance));
+        format!(r#", {{ type = "consul", address = "{url}", key = "{}" }}"#, consul::KEY)
+    } else {
+        String::new()
+    };
     let text = format!(
         r#"
 [server]
@@ -74,14 +84,16 @@ format = "off"
 [cluster.abaci]
 port = {APP}
 members = {{ type = "static", nodes = [{nodes}] }}
-primary = {{ type = "litefs" }}
+primary = [{{ type = "litefs" }}{consul}]
 timeouts = {{ connect = "1s", response_header = "{}s" }}
 hold = {{ timeout = "{}s" }}
 consistency = {{ mode = "{mode}" }}
+durability = {{ replicas = {replicas}, timeout = "{}s", on_timeout = "fail" }}
 {idempotent}"#,
         front(instance),
         RESPONSE.as_secs(),
         hold.as_secs(),
+        DURABLE.as_secs(),
     );
     match config::load::parse("simulation", &text, []) {
         Ok(config) => config,
@@ -90,6 +102,8 @@ consistency = {{ mode = "{mode}" }}
 }
 
 pub(super) const RESPONSE: Duration = Duration::from_secs(8);
+/// How long a write waits for replicas.
+pub(super) const DURABLE: Duration = Duration::from_secs(1);
 
 impl Litegate {
     /// Starts one; it runs until it is dropped.

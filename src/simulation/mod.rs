@@ -18,15 +18,22 @@
 //!   of a primary's readiness;
 //! * no write is sent to a node that litegate could know to be superseded;
 //! * what is said not to have run has not; no `fly-replay` and no empty success at a client;
+//! * with `durability.replicas`, an acknowledged write is on so many replicas; with all of them, none
+//!   is missing at all;
 //! * nothing panics.
 //!
 //! `docs/simulation.md` says how to run more of it, and how to replay a number.
 
 use std::{
     cell::{Cell, RefCell},
+    collections::BTreeMap,
     fmt,
     panic::AssertUnwindSafe,
     rc::Rc,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -50,10 +57,12 @@ use crate::{
 };
 
 mod clients;
+mod consul;
 mod faults;
 mod litegate;
 mod node;
 mod promises;
+mod scenes;
 mod wire;
 mod world;
 
@@ -76,16 +85,19 @@ enum Mutation {
     FollowsTheOlderClaim,
     /// Whom most replicas name is the primary.
     VotesByReplicas,
+    /// `durability.replicas` is overlooked.
+    IgnoresReplicas,
 }
 
 impl Mutation {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::RepeatsWrites,
         Self::IgnoresTokens,
         Self::HoldsForEver,
         Self::TellsLate,
         Self::FollowsTheOlderClaim,
         Self::VotesByReplicas,
+        Self::IgnoresReplicas,
     ];
 
     /// A number to begin with, so that the test is quick, and what must be said of it.
@@ -96,6 +108,7 @@ impl Mutation {
             Self::HoldsForEver => (11, "without an answer"),
             Self::TellsLate => (1, "still holds"),
             Self::FollowsTheOlderClaim | Self::VotesByReplicas => (19, "took over long ago"),
+            Self::IgnoresReplicas => (1, "only on"),
         }
     }
 
@@ -117,6 +130,9 @@ struct Night {
     counted: u64,
     /// Of those, the ones whose position nobody could tell: their clients are not told.
     blind: u64,
+    /// Acknowledged writes of nights with `durability.replicas`, and how many of them are lost.
+    durable: u64,
+    lost_durable: u64,
     /// Looks that found somebody waiting.
     held: u64,
     took: Duration,
@@ -142,6 +158,15 @@ fn watch_panics() {
 fn night(seed: u64, mutation: Option<Mutation>) -> Night {
     watch_panics();
     let panics = PANICS.get();
+    let mut night = run(seed, |network| rehearse(seed, mutation, network)).unwrap_or_default();
+    if PANICS.get() != panics {
+        night.broken.push("something panicked".to_owned());
+    }
+    night
+}
+
+/// Runs something on a network of its own, in virtual time. `None`: it panicked.
+fn run<T, F: Future<Output = T>>(seed: u64, what: impl FnOnce(Network) -> F) -> Option<T> {
     let network = Network::default();
     let entered = network.enter();
     fastrand::seed(seed);
@@ -151,25 +176,28 @@ fn night(seed: u64, mutation: Option<Mutation>) -> Night {
     // run, and so may, rarely, what becomes of a seed.
     #[cfg(tokio_unstable)]
     builder.rng_seed(tokio::runtime::RngSeed::from_bytes(&seed.to_be_bytes()));
-    let Ok(runtime) = builder.build() else { return Night::default() };
+    let runtime = builder.build().ok()?;
     let local = LocalSet::new();
-    let result = std::panic::catch_unwind(AssertUnwindSafe(|| {
-        local.block_on(&runtime, rehearse(seed, mutation, network))
-    }));
+    let result =
+        std::panic::catch_unwind(AssertUnwindSafe(|| local.block_on(&runtime, what(network))));
     drop(local);
     drop(runtime);
     drop(entered);
-    let mut night = result.unwrap_or_default();
-    if PANICS.get() != panics {
-        night.broken.push("something panicked".to_owned());
-    }
-    night
+    result.ok()
 }
 
 async fn rehearse(seed: u64, mutation: Option<Mutation>, network: Network) -> Night {
     let world = World::new(seed, network);
     let kind = if world.through_proxy { "LiteFS's proxy" } else { "the app's port" };
-    world.say(format_args!("seed {seed}, through {kind}"));
+    world.say(format_args!(
+        "seed {seed}, through {kind}, {} replicas have to have a write{}",
+        world.replicas,
+        if world.asks_consul { ", with Consul" } else { "" },
+    ));
+    let mut consul = JoinSet::new();
+    if world.asks_consul {
+        consul.spawn_local(consul::serve(Rc::clone(&world)));
+    }
     for instance in 0..INSTANCES {
         for node in 0..NODES {
             faults::delayed(&world, instance, node, world.millis(0..4));
@@ -245,7 +273,7 @@ fn conclude(
         .collect();
     for key in keys {
         let values = world.list(primary, key);
-        events.push(Event::Last { at: world.at(), key, values });
+        events.push(Event::Last { at: world.stamp(), key, values });
     }
     let verdict = judge(&events);
     let blind = world.blind.borrow();
@@ -266,12 +294,18 @@ fn conclude(
         let (at, breach) = (violation.at.as_secs_f64(), violation.breach.as_str());
         world.breaks(format_args!("{breach} at {at:.3}: {}", violation.text));
     }
+    let lost = verdict.counts.lost_announced + verdict.count(Breach::Lost);
+    if world.replicas == NODES - 1 && lost > 0 {
+        world.breaks(format_args!("{lost} writes were acknowledged on every node, and are lost"));
+    }
     let counted = instances
         .iter()
         .filter_map(|instance| instance.borrow().as_ref().map(|litegate| litegate.lost()));
     Night {
         counted: counted.sum(),
-        lost: verdict.counts.lost_announced + verdict.count(Breach::Lost),
+        lost,
+        durable: if world.replicas > 0 { verdict.counts.acknowledged } else { 0 },
+        lost_durable: if world.replicas > 0 { lost } else { 0 },
         held: watched.held.get(),
         blind: lost_blindly,
         broken: world.broken.borrow().clone(),
@@ -304,26 +338,37 @@ fn seeds(usual: std::ops::Range<u64>) -> std::ops::Range<u64> {
     }
 }
 
-const REPLAY: &str = "cargo test --lib simulation::nights -- --nocapture";
+const REPLAY: &str = "the command in docs/simulation.md";
 
 #[test]
 fn nights() {
+    let began = tokio::time::Instant::now();
     let seeds = seeds(1..41);
     let is_one = seeds.end - seeds.start == 1;
-    let (mut failed, mut all) = (Vec::new(), Night::default());
-    for seed in seeds.clone() {
+    let next = AtomicU64::new(seeds.start);
+    let seen = Mutex::new((BTreeMap::new(), Night::default()));
+    let rehearse = || loop {
+        let seed = next.fetch_add(1, Ordering::Relaxed);
+        if seed >= seeds.end {
+            return;
+        }
         let night = night(seed, None);
+        let mut seen = seen.lock().unwrap();
         if is_one {
             println!("{night}");
         } else if !night.broken.is_empty() {
             println!("{night}seed {seed} breaks; again: LITEGATE_SEEDS={seed} {REPLAY}\n");
         }
         if !night.broken.is_empty() {
-            failed.push((seed, night.broken.first().cloned().unwrap_or_default()));
+            seen.0.insert(seed, night.broken.first().cloned().unwrap_or_default());
         }
-        all.add(&night);
-    }
-    println!("{} nights: {}", seeds.end - seeds.start, all.summary());
+        seen.1.add(&night);
+    };
+    // Each night is one thread's own.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(rehearse))));
+    let (failed, all) = seen.into_inner().unwrap();
+    println!("{} nights in {:.1?}: {}", seeds.clone().count(), began.elapsed(), all.summary());
     for (seed, broken) in &failed {
         println!("seed {seed}: {broken}");
     }
@@ -350,6 +395,8 @@ impl Night {
         self.counted += other.counted;
         self.held += other.held;
         self.blind += other.blind;
+        self.durable += other.durable;
+        self.lost_durable += other.lost_durable;
         self.took += other.took;
     }
 
@@ -358,7 +405,7 @@ impl Night {
         format!(
             "{} s of them, {} writes ({} acknowledged, {} unknown, {} refused), {} reads \
              ({} failed), held at {} looks, {} acknowledged writes lost by failovers ({} counted, \
-             {} blindly), \
+             {} blindly), {} acknowledged on replicas ({} lost), \
              the longest write {:?}, errors {:?}",
             self.took.as_secs(),
             counts.writes,
@@ -371,6 +418,8 @@ impl Night {
             self.lost,
             self.counted,
             self.blind,
+            self.durable,
+            self.lost_durable,
             counts.longest_write,
             counts.errors,
         )

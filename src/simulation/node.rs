@@ -226,6 +226,7 @@ async fn answer_app(world: Rc<World>, node: usize, socket: Socket) -> Option<()>
         let value = value_of(std::str::from_utf8(&body).ok()?)?;
         runs(&world, instance, node, value, sent?);
         let slow = if world.chance(5) { world.millis(0..1500) } else { Duration::ZERO };
+        let slow = slow + world.look(|state| state.nodes[node].app_takes);
         sleep(world.millis(0..8) + slow).await;
         world.thawed(node).await;
         let Some(txid) = world.commit(node, key, value) else {

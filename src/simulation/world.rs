@@ -79,6 +79,8 @@ pub(super) struct Node {
     /// How long `/info` takes. Longer than litegate waits: it is silent.
     pub(super) info_takes: Duration,
     pub(super) vars_take: Duration,
+    /// How much longer than usual the app takes to commit.
+    pub(super) app_takes: Duration,
     /// When it last became primary.
     pub(super) since: Instant,
     tasks: Rc<RefCell<JoinSet<()>>>,
@@ -101,6 +103,9 @@ pub(super) struct Lease {
     sessions: u64,
     expires: Option<Instant>,
     locked_until: Option<Instant>,
+    /// How often the key was seen to change, and to what.
+    index: u64,
+    told: Option<usize>,
 }
 
 pub(super) struct State {
@@ -138,7 +143,14 @@ pub(super) struct World {
     pub(super) through_proxy: bool,
     /// `hold.timeout`
     pub(super) hold: Duration,
+    /// `durability.replicas`
+    pub(super) replicas: usize,
+    /// Whether litegate asks Consul, too.
+    pub(super) asks_consul: bool,
+    /// Whether nothing goes wrong but what a script says.
+    pub(super) is_scene: bool,
     trace: RefCell<Vec<String>>,
+    stamped: Cell<Duration>,
     changed: Notify,
     pub(super) began: Instant,
     pub(super) ended: Cell<bool>,
@@ -171,6 +183,7 @@ impl World {
             consul: Consul::Answers,
             info_takes: Duration::ZERO,
             vars_take: Duration::ZERO,
+            app_takes: Duration::ZERO,
             since: now,
             tasks: Rc::default(),
         };
@@ -181,6 +194,10 @@ impl World {
             cut: Default::default(),
             handing_to: None,
         };
+        // Drawn apart, so that what was added later changes no other night.
+        let mut more = Rng::with_seed(!seed);
+        let replicas = [1, 2].get(more.usize(0..8)).copied().unwrap_or(0);
+        let asks_consul = more.u32(0..4) == 0;
         let through_proxy = rng.bool();
         let hold = Duration::from_secs(if rng.bool() { 25 } else { 8 });
         Rc::new(Self {
@@ -194,7 +211,11 @@ impl World {
             lied_to: Cell::default(),
             through_proxy,
             hold,
+            replicas,
+            asks_consul,
+            is_scene: false,
             trace: RefCell::default(),
+            stamped: Cell::default(),
             changed: Notify::new(),
             began: now,
             ended: Cell::new(false),
@@ -204,6 +225,13 @@ impl World {
     /// Since the beginning.
     pub(super) fn at(&self) -> Duration {
         self.began.elapsed()
+    }
+
+    /// The same for the judge: of two events at the same moment the second comes later.
+    pub(super) fn stamp(&self) -> Duration {
+        let at = self.at().max(self.stamped.get() + Duration::from_nanos(1));
+        self.stamped.set(at);
+        at
     }
 
     /// Writes into the trace.
@@ -227,12 +255,13 @@ impl World {
         Duration::from_millis(self.rng.borrow_mut().u64(range))
     }
 
-    pub(super) fn number(&self, range: std::ops::Range<u32>) -> u32 {
-        self.rng.borrow_mut().u32(range)
+    /// Never in a scene: there nothing is left to chance.
+    pub(super) fn chance(&self, percent: u32) -> bool {
+        !self.is_scene && self.rng.borrow_mut().u32(0..100) < percent
     }
 
-    pub(super) fn chance(&self, percent: u32) -> bool {
-        self.rng.borrow_mut().u32(0..100) < percent
+    pub(super) fn number(&self, range: std::ops::Range<u32>) -> u32 {
+        self.rng.borrow_mut().u32(range)
     }
 
     /// Changes something, and tells everybody who waits.
@@ -326,6 +355,17 @@ impl World {
     /// Who holds the lease now.
     pub(super) fn holder(&self) -> Option<usize> {
         self.change_quietly(|state| state.lease.look().map(|(node, _)| node))
+    }
+
+    /// What Consul's key says: its `ModifyIndex`, and who holds the lease.
+    pub(super) fn key(&self) -> (u64, Option<usize>) {
+        self.change_quietly(|state| {
+            let holder = state.lease.look().map(|(node, _)| node);
+            if std::mem::replace(&mut state.lease.told, holder) != holder {
+                state.lease.index += 1;
+            }
+            (state.lease.index + 1, holder)
+        })
     }
 
     fn change_quietly<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
@@ -557,6 +597,15 @@ impl World {
         txid
     }
 
+    /// A client was told that its write is done: then it is on as many replicas as was asked for.
+    pub(super) fn acknowledged(&self, value: Value) {
+        let has = |node: &Node| node.log.iter().rev().any(|tx| tx.value == value);
+        let there = self.look(|state| state.nodes.iter().filter(|node| has(node)).count());
+        if self.replicas > 0 && there <= self.replicas {
+            self.breaks(format_args!("{value} is acknowledged and only on {there} nodes"));
+        }
+    }
+
     /// What is in a list on a node.
     pub(super) fn list(&self, node: usize, key: Key) -> Vec<Value> {
         self.look(|state| {
@@ -585,7 +634,8 @@ impl World {
         self.holder() == Some(node)
             && self.look(|state| {
                 let it = &state.nodes[node];
-                let is_quick = it.info_takes < Duration::from_millis(150);
+                // A new primary that does not tell its position is waited for, for a while.
+                let is_quick = it.info_takes.max(it.vars_take) < Duration::from_millis(150);
                 it.primary && !it.frozen && is_quick && !state.cut[instance][node]
             })
     }

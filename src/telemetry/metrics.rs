@@ -152,7 +152,7 @@ families! {
     TOKEN_READS = counter "litegate_token_reads_total" ["cluster", "decision"]
         "Reads with a token, by how they found a node that is far enough: a replica at once (`fresh`) or after a wait (`waited`), or the `primary`.";
     TOKEN_WAIT = histogram "litegate_token_wait_seconds" ["cluster"]
-        "How long reads with a token waited for a replica.";
+        "How long requests with a token waited for a replica, or for news of its primary.";
     EXACT_POSITIONS = counter "litegate_exact_positions_total" ["cluster"]
         "Times that a primary's exact position was asked for; those who ask at once share a reading.";
     WITHOUT_POSITION = counter "litegate_writes_without_position_total" ["cluster"]

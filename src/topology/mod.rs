@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use self::lineage::Epoch;
 use position::Positions;
 use progress::{Bell, Progress};
 
@@ -41,15 +42,6 @@ pub struct Topology {
     pub cluster_id: Option<Arc<str>>,
     /// Rung when a node of this cluster gets on.
     pub bell: Arc<Bell>,
-}
-
-/// The time of one primary. What its predecessor had done beyond `start` is lost.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Epoch {
-    /// The process that is, or was, primary (`Litefs-Id`).
-    pub incarnation: u64,
-    /// Where its databases were when it became primary, as far as that was seen.
-    pub start: Option<Arc<Positions>>,
 }
 
 impl Topology {
@@ -532,6 +524,7 @@ pub struct Claim {
 }
 
 pub mod eject;
+pub mod lineage;
 mod names;
 pub mod position;
 pub mod progress;

@@ -70,7 +70,8 @@ pub enum Reach {
     Reached,
     /// The node is not there yet.
     NotYet,
-    /// The node is past it, and how it got there was not seen: it may be another branch.
+    /// The node is past it, and how it got there was not seen or is forgotten: it may be another
+    /// branch.
     Unknown,
     /// The node is past it on another branch: it never will be there.
     Diverged,
@@ -139,7 +140,6 @@ impl Track {
         match self.remembered(needed.txid) {
             Some((known, _)) if known != 0 && known != needed.checksum => Reach::Diverged,
             Some(_) => Reach::Reached,
-            None if needed.txid >= self.origin => Reach::Reached,
             None => Reach::Unknown,
         }
     }
@@ -219,6 +219,44 @@ impl Positions {
     /// Whether the history of `database` contains `needed`.
     pub fn reach(&self, database: Database, needed: Position) -> Reach {
         self.track(database).map_or(Reach::NotYet, |track| track.reach(needed))
+    }
+
+    /// Whether this node was seen to pass all of `needed`, though it may be another branch.
+    pub fn has_passed(&self, needed: &[(Database, Position)]) -> bool {
+        needed.iter().all(|(database, needed)| {
+            let track = self.track(*database).filter(|_| needed.checksum != 0);
+            track.is_some_and(|track| (track.origin..=track.position.txid).contains(&needed.txid))
+        })
+    }
+
+    /// Whether this node may be on its way to where the primary is: nothing speaks against it, and
+    /// it is not ahead.
+    pub fn may_follow(&self, primary: &Self) -> bool {
+        self.iter().all(|(database, _, ours)| {
+            let theirs = primary.get(database).unwrap_or_default();
+            ours.txid <= theirs.txid && self.is_one_with(primary, database) != Some(false)
+        })
+    }
+
+    /// Whether all of `needed` is in this history, by the checksums. `None`: not remembered.
+    pub fn contains(&self, needed: &[(Database, Position)]) -> Option<bool> {
+        let mut all = Some(true);
+        for (database, needed) in needed {
+            match self.checksum(*database, needed.txid) {
+                Some(known) if known == needed.checksum && known != 0 => {}
+                Some(known) if known != 0 && needed.checksum != 0 => return Some(false),
+                _ => all = None,
+            }
+        }
+        all
+    }
+
+    /// Whether one history of `database` is the beginning of the other, by the checksum at the
+    /// shorter one's end. `None`: not remembered.
+    pub fn is_one_with(&self, other: &Self, database: Database) -> Option<bool> {
+        let txid = self.get(database)?.txid.min(other.get(database)?.txid);
+        let (ours, theirs) = (self.checksum(database, txid)?, other.checksum(database, txid)?);
+        (ours != 0 && theirs != 0).then_some(ours == theirs)
     }
 
     /// Whether this node's history is the beginning of the primary's, as far as both are
@@ -316,6 +354,33 @@ mod tests {
     }
 
     #[test]
+    fn checksums_tell_what_a_history_contains() {
+        let positions = history(5, 9, 1);
+        let contains = |needed: &[Position]| {
+            let needed: Vec<_> = needed.iter().map(|needed| (app(), *needed)).collect();
+            positions.contains(&needed)
+        };
+        assert_eq!(contains(&[at(9, 1)]), Some(true));
+        assert_eq!(contains(&[at(9, 2)]), Some(false));
+        assert_eq!(contains(&[at(10, 1)]), None);
+        assert_eq!(contains(&[at(10, 1), at(9, 2)]), Some(false));
+        assert_eq!(contains(&[at(9, 1), at(4, 1)]), None);
+        assert_eq!(contains(&[Position { txid: 9, checksum: 0 }]), None);
+        assert_eq!(contains(&[]), Some(true));
+    }
+
+    #[test]
+    fn histories_are_one_as_far_as_the_shorter_goes() {
+        let old = history(1, 9, 1);
+        assert_eq!(history(7, 7, 1).is_one_with(&old, app()), Some(true));
+        assert_eq!(history(7, 12, 1).is_one_with(&old, app()), Some(true));
+        assert_eq!(history(7, 7, 2).is_one_with(&old, app()), Some(false));
+        assert_eq!(history(12, 12, 1).is_one_with(&old, app()), None, "too far ahead to tell");
+        assert_eq!(history(1, 3, 1).is_one_with(&history(1, 200, 1), app()), None, "forgotten");
+        assert_eq!(old.is_one_with(&Positions::default(), app()), None);
+    }
+
+    #[test]
     fn behind_is_counted_from_the_first_transaction_that_is_missing() {
         let start = Instant::now();
         let second = |n| start + Duration::from_secs(n);
@@ -343,15 +408,17 @@ mod tests {
         ) {
             let positions = history(from, from + length, 7);
             let reach = positions.reach(app(), at(asked, 7));
+            let is_remembered = asked <= from + length && asked >= from.max((from + length + 1).saturating_sub(RECENT as u64));
             let want = match asked {
                 asked if asked > from + length => Reach::NotYet,
-                asked if asked < from => Reach::Unknown,
-                _ => Reach::Reached,
+                _ if is_remembered => Reach::Reached,
+                _ => Reach::Unknown,
             };
             prop_assert_eq!(reach, want);
             let other = positions.reach(app(), at(asked, 8));
-            let is_remembered = asked <= from + length && asked >= from.max((from + length + 1).saturating_sub(RECENT as u64));
             prop_assert_eq!(other == Reach::Diverged, is_remembered);
+            let has_passed = positions.has_passed(&[(app(), at(asked, 7))]);
+            prop_assert_eq!(has_passed, (from..=from + length).contains(&asked));
         }
     }
 }

@@ -6,13 +6,12 @@
 use std::{
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use arc_swap::{ArcSwap, Guard};
-use smallvec::SmallVec;
 use tokio::sync::{Notify, watch};
 
 use super::position::{Database, Positions};
@@ -83,6 +82,8 @@ impl Drop for Listening {
 #[derive(Debug)]
 pub struct Progress {
     positions: ArcSwap<Positions>,
+    /// Where it was before the feed last broke.
+    last: ArcSwap<Positions>,
     bell: Arc<Bell>,
     /// Exact readings asked for so far.
     asked: AtomicU64,
@@ -95,12 +96,15 @@ pub struct Progress {
     /// What was acknowledged to clients last, in a ring.
     acknowledged: Box<[AtomicU64]>,
     next: AtomicUsize,
+    /// Whether anything was since that was last counted.
+    has_acknowledged: AtomicBool,
 }
 
 impl Default for Progress {
     fn default() -> Self {
         Self {
             positions: ArcSwap::default(),
+            last: ArcSwap::default(),
             bell: Arc::default(),
             asked: AtomicU64::new(0),
             ask: Notify::new(),
@@ -109,6 +113,7 @@ impl Default for Progress {
             heard: AtomicU64::new(0),
             acknowledged: (0..ACKNOWLEDGED).map(|_| AtomicU64::new(0)).collect(),
             next: AtomicUsize::new(0),
+            has_acknowledged: AtomicBool::new(false),
         }
     }
 }
@@ -129,9 +134,19 @@ impl Progress {
         self.positions.load_full()
     }
 
+    /// Where the node was when it was last heard, before the feed broke last: perhaps another
+    /// process. Empty: it never broke.
+    pub fn last(&self) -> Arc<Positions> {
+        self.last.load_full()
+    }
+
     /// The feed has news.
     pub fn set(&self, positions: Positions) {
-        self.positions.store(Arc::new(positions));
+        let goes_on = positions.incarnation;
+        let before = self.positions.swap(Arc::new(positions));
+        if before.incarnation != goes_on && !before.is_empty() {
+            self.last.store(before);
+        }
         self.bell.ring();
     }
 
@@ -184,20 +199,21 @@ impl Progress {
         if let Some(slot) = self.acknowledged.get(slot) {
             let tag = u64::from(database.0) & ((1 << (u64::BITS - TXID_BITS)) - 1);
             slot.store(tag << TXID_BITS | txid, Ordering::Relaxed);
+            self.has_acknowledged.store(true, Ordering::Release);
         }
     }
 
-    /// How many of the writes acknowledged here are not in a history that goes on from `start`,
-    /// at most. Forgets them all.
-    pub fn lost(&self, start: &Positions) -> u64 {
-        let kept: SmallVec<[(u64, u64); 4]> = start
-            .iter()
-            .map(|(database, _, position)| (u64::from(database.0), position.txid))
-            .collect();
+    /// How many of the writes acknowledged here a history lacks that has kept so many, at most.
+    /// Forgets them all.
+    pub fn lost(&self, kept: &[(Database, u64)]) -> u64 {
+        if !self.has_acknowledged.swap(false, Ordering::Acquire) {
+            // Asked for with each observation after a failover.
+            return 0;
+        }
         let is_lost = |entry: u64| {
             let (tag, txid) = (entry >> TXID_BITS, entry & ((1 << TXID_BITS) - 1));
             kept.iter().any(|(database, kept)| {
-                database & ((1 << (u64::BITS - TXID_BITS)) - 1) == tag && txid > *kept
+                u64::from(database.0) & ((1 << (u64::BITS - TXID_BITS)) - 1) == tag && txid > *kept
             })
         };
         let entries = self.acknowledged.iter().map(|slot| slot.swap(0, Ordering::Relaxed));
@@ -270,12 +286,31 @@ mod tests {
     fn lost_acknowledgements_are_counted_once() {
         let cell = cell();
         let app = Database::named("app.db");
-        let mut start = Positions::default();
-        start.set("app.db", Position { txid: 5, checksum: 0 }, Instant::now());
+        let kept = [(app, 5)];
         (1..=9).for_each(|txid| cell.acknowledge(app, txid));
-        assert_eq!(cell.lost(&start), 4);
-        assert_eq!(cell.lost(&start), 0);
+        assert_eq!(cell.lost(&kept), 4);
+        assert_eq!(cell.lost(&kept), 0);
         (0..2 * ACKNOWLEDGED as u64).for_each(|txid| cell.acknowledge(app, 10 + txid));
-        assert_eq!(cell.lost(&start), ACKNOWLEDGED as u64, "bounded");
+        assert_eq!(cell.lost(&kept), ACKNOWLEDGED as u64, "bounded");
+    }
+
+    #[test]
+    fn where_a_node_was_outlives_its_feed() {
+        let cell = cell();
+        let at = |process, txid| {
+            let mut positions = Positions::of(Some(process));
+            positions.set("a", Position { txid, checksum: 1 }, Instant::now());
+            positions
+        };
+        cell.set(at(1, 5));
+        cell.set(at(1, 6));
+        assert!(cell.last().is_empty(), "it goes on");
+        cell.set(Positions::default());
+        assert_eq!(cell.last().incarnation, Some(1));
+        cell.set(Positions::default());
+        cell.set(at(2, 4));
+        assert_eq!(cell.last().only().unwrap().1.txid, 6);
+        cell.set(Positions::default());
+        assert_eq!(cell.last().incarnation, Some(2));
     }
 }

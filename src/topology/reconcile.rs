@@ -34,7 +34,7 @@ use std::{
 
 use super::{
     Change, Claim, Epoch, Freshness, Holder, Member, Node, NodeId, Observation, Presence,
-    PrimaryGap, PrimaryName, Role, Saw, Source, Topology, eject,
+    PrimaryGap, PrimaryName, Role, Saw, Source, Topology, eject, lineage,
     position::Positions,
     progress::{Bell, Progress},
 };
@@ -118,6 +118,8 @@ struct Known {
     heard: Option<u64>,
     /// Where it was when it became primary, as far as that was seen.
     positions: Option<Arc<Positions>>,
+    /// Whom it names as primary.
+    names: Option<Arc<str>>,
     left_at: Option<Instant>,
     refused: bool,
 }
@@ -441,6 +443,7 @@ impl State {
             // can't have claimed anything before the old one was last heard.
             known.claims = None;
             known.positions = None;
+            known.names = None;
             known.words.clear();
             known.denied = known.heard;
             known.node.id = NodeId(self.next_id);
@@ -454,6 +457,9 @@ impl State {
         known.incarnation = claim.incarnation.or(known.incarnation);
         if claim.positions.is_some() || !claim.is_primary {
             known.positions.clone_from(&claim.positions);
+        }
+        if source == Source::Litefs {
+            known.names.clone_from(&claim.primary);
         }
         self.tick += 1;
         known.heard = Some(self.tick);
@@ -518,10 +524,12 @@ impl State {
     fn believe(&mut self, now: Instant, changes: &mut Vec<Change>) {
         self.settle_by_lease(now);
         let (primary, gap) = self.primary(now);
+        let lineage = self.lineage(primary);
         let known = self.nodes.values().find(|known| Some(known.node.id) == primary);
-        let told = known.filter(|known| known.claims.is_some()).and_then(Known::told);
-        self.seen = told.or(self.seen.take());
+        let was = known.filter(|known| known.claims.is_some()).and_then(Known::was);
+        self.seen = was.or(self.seen.take());
         let anything = primary.is_some() || self.nodes.values().any(Known::spoke);
+        let astray = self.astray(primary, now);
         let mut nodes: Vec<Node> = Vec::with_capacity(self.nodes.len());
         for known in self.nodes.values_mut() {
             known.node.role = match primary {
@@ -539,15 +547,14 @@ impl State {
             if node.role == Role::Primary {
                 // It is what the others are behind of.
                 node.freshness = Freshness::Fresh;
-            } else if fenced || known.is_silent(now) {
-                // It follows nobody, whatever it says of its lag, or says nothing: a frozen node
-                // takes connections and never answers.
+            } else if fenced || known.is_silent(now) || astray.contains(&node.address) {
+                // It follows nobody that counts, whatever it says of its lag, or says nothing: a
+                // frozen node takes connections and never answers.
                 node.freshness = Freshness::TooFar;
             }
             nodes.push(node);
         }
         nodes.sort_by(|a, b| a.name.cmp(&b.name).then(a.address.cmp(&b.address)));
-        let lineage = self.lineage(primary);
         let old = &self.believed;
         let same = old.primary == primary
             && (primary.is_some() || old.primary_gap == gap)
@@ -605,6 +612,21 @@ impl State {
         };
     }
 
+    /// Who follows a node that claims to be the primary and is not: what these have may be thrown
+    /// away.
+    fn astray(&self, primary: Option<NodeId>, now: Instant) -> Vec<SocketAddr> {
+        let fenced: Vec<_> =
+            self.claimants(now).map(|k| k.node.id).filter(|id| Some(*id) != primary).collect();
+        if primary.is_none() || fenced.is_empty() {
+            return Vec::new();
+        }
+        let follows = |known: &&Known| {
+            let named = known.names.as_ref().and_then(|name| self.listed(name));
+            named.is_some_and(|named| named.id != known.node.id && fenced.contains(&named.id))
+        };
+        self.nodes.values().filter(follows).map(|known| known.node.address).collect()
+    }
+
     /// The primaries so far, `primary` being the last.
     fn lineage(&self, primary: Option<NodeId>) -> Arc<[Epoch]> {
         let before = &self.believed.lineage;
@@ -612,19 +634,37 @@ impl State {
         let Some((known, incarnation)) = known.and_then(|k| Some((k, k.incarnation?))) else {
             return Arc::clone(before);
         };
-        let epoch = Epoch { incarnation, start: known.positions.clone() };
-        let kept = match before.split_last() {
-            // The poll may have been faster than the stream, which knows where it began.
-            Some((last, earlier)) if last.incarnation == incarnation => {
-                if last.start.is_some() || epoch.start.is_none() {
-                    return Arc::clone(before);
-                }
-                earlier
-            }
-            _ => before,
+        let (last, earlier) = match before.split_last() {
+            Some((last, earlier)) if last.incarnation == incarnation => (Some(last), earlier),
+            _ => (None, &**before),
         };
-        let skipped = kept.len().saturating_sub(EPOCHS - 1);
-        kept.iter().skip(skipped).cloned().chain([epoch]).collect()
+        // The poll may have been faster than the stream, which knows where it began.
+        let start = last.and_then(|last| last.start.clone()).or_else(|| known.positions.clone());
+        let news = last.is_none_or(|last| last.start.is_none() && start.is_some());
+        let wants = last.is_none_or(|last| last.kept.is_none());
+        // Where it is when it is first heard is no less than where it began.
+        let began = start.clone().or_else(|| known.told().filter(|_| wants || news));
+        let began = began.filter(|began| start.is_some() || began.is_primary == Some(true));
+        if !news && (!wants || began.is_none()) {
+            return Arc::clone(before);
+        }
+        let skipped = earlier.len().saturating_sub(EPOCHS - 1);
+        let mut epochs: Vec<Epoch> = earlier.iter().skip(skipped).cloned().collect();
+        if let Some(before) = epochs.last_mut().filter(|_| last.is_none()) {
+            before.end = self.end(before.incarnation);
+        }
+        let heard = known.node.progress.last();
+        let kept = began.as_ref().map(|began| lineage::kept(&epochs, began, Some(&heard)));
+        epochs.push(Epoch { incarnation, start, began, kept, end: None });
+        epochs.into()
+    }
+
+    /// How far this process was seen.
+    fn end(&self, process: u64) -> Option<Arc<Positions>> {
+        let is_its = |known: &Arc<Positions>| known.incarnation == Some(process);
+        let cells = self.nodes.values().map(|known| &known.node.progress);
+        let mut cells = cells.flat_map(|cell| [cell.snapshot(), cell.last()]);
+        cells.find(is_its).or_else(|| self.seen.clone().filter(is_its))
     }
 
     /// Nodes that claim to be primary and can be heard.
@@ -769,6 +809,7 @@ impl Known {
             denied: None,
             heard: None,
             positions: None,
+            names: None,
             left_at: None,
             refused: false,
         }
@@ -778,6 +819,12 @@ impl Known {
     fn told(&self) -> Option<Arc<Positions>> {
         let told = self.node.progress.snapshot();
         (told.incarnation.is_some() && told.incarnation == self.incarnation).then_some(told)
+    }
+
+    /// Where this very process is, or was when it was last heard.
+    fn was(&self) -> Option<Arc<Positions>> {
+        let last = || Some(self.node.progress.last()).filter(|last| last.incarnation.is_some());
+        self.told().or_else(|| last().filter(|last| last.incarnation == self.incarnation))
     }
 
     /// It said what it is.
@@ -1083,6 +1130,92 @@ mod tests {
             node.progress.set(told(id, databases));
             self.says(n, is_primary, id)
         }
+    }
+
+    /// `from..=to` on a branch, of a process that says that it is primary.
+    fn history(incarnation: u64, from: u64, to: u64, branch: u64) -> Positions {
+        let mut positions = Positions::of(Some(incarnation));
+        positions.is_primary = Some(true);
+        for txid in from..=to {
+            let checksum = 1 << 63 | branch << 32 | txid;
+            positions.set("app.db", Position { txid, checksum }, Instant::now());
+        }
+        positions
+    }
+
+    impl Cluster {
+        /// Its stream breaks, or has told this.
+        fn feeds(&mut self, n: u8, positions: Positions) -> &mut Self {
+            let nodes = &self.state.topology().nodes;
+            let node = nodes.iter().find(|node| node.address == address(n));
+            node.unwrap().progress.set(positions);
+            self
+        }
+
+        /// What each primary kept of the one before it.
+        fn kept(&self) -> Vec<Option<u64>> {
+            let kept = |epoch: &Epoch| epoch.kept.as_ref().map(|kept| kept[0].1);
+            self.state.topology().lineage.iter().map(kept).collect()
+        }
+    }
+
+    #[test]
+    fn a_restarted_node_that_is_primary_when_it_is_heard_keeps_what_its_checksums_tell() {
+        // Node 1 has 12 transactions when it dies, of which node 2 goes on from 10, to 14.
+        let mut cluster = Cluster::of(2);
+        cluster.says(1, true, 1).feeds(1, history(1, 1, 12, 1)).says(1, true, 1);
+        let start = history(2, 1, 10, 1);
+        let claim = Claim {
+            incarnation: Some(2),
+            is_primary: true,
+            positions: Some(Arc::new(start.clone())),
+            ..Claim::default()
+        };
+        cluster.says(2, false, 2).feeds(2, start);
+        cluster.see(Saw::Claim { address: address(2), claim });
+        assert_eq!(cluster.primary(), Some("n2"));
+        let mut second = history(2, 1, 10, 1);
+        (11..=14).for_each(|txid| {
+            let position = Position { txid, checksum: 1 << 63 | 2 << 32 | txid };
+            second.set("app.db", position, Instant::now());
+        });
+        // Its feed breaks with it; node 1 is another process by then, and has 12 again.
+        cluster.feeds(2, second).feeds(2, Positions::default()).silent(2);
+        cluster.feeds(1, Positions::default()).says(1, false, 3).pass(40).says(1, true, 3);
+        assert_eq!(cluster.kept(), [Some(12), Some(10)], "it has not told where it is");
+        cluster.feeds(1, history(3, 12, 12, 1)).says(1, true, 3);
+        assert_eq!(cluster.primary(), Some("n1"));
+        assert_eq!(cluster.kept(), [Some(12), Some(10), Some(10)]);
+        let lineage = &cluster.state.topology().lineage;
+        let ends = lineage.iter().map(|e| e.end.as_ref().map(|end| end.only().unwrap().1.txid));
+        assert_eq!(ends.collect::<Vec<_>>(), [Some(12), Some(14), None]);
+        assert_eq!(lineage[2].start, None, "nobody saw it begin");
+    }
+
+    #[test]
+    fn who_follows_a_deposed_primary_serves_no_reads() {
+        let mut cluster = Cluster::of(3);
+        let follows = |n: u8, whom: u8| {
+            let claim = Claim {
+                incarnation: Some(u64::from(n)),
+                primary: Some(format!("n{whom}").into()),
+                ..Claim::default()
+            };
+            Saw::Claim { address: address(n), claim }
+        };
+        let freshness = |cluster: &Cluster| {
+            let nodes = cluster.state.topology().nodes.iter();
+            nodes.map(|node| node.freshness).collect::<Vec<_>>()
+        };
+        cluster.says(1, true, 1).see(follows(2, 1)).see(follows(3, 1)).says(3, true, 3);
+        assert_eq!(cluster.primary(), Some("n3"));
+        use Freshness::{Fresh, TooFar};
+        assert_eq!(freshness(&cluster), [TooFar, TooFar, Fresh]);
+        cluster.see(follows(2, 3));
+        assert_eq!(freshness(&cluster), [TooFar, Fresh, Fresh]);
+        // An old name says nothing once nobody claims to go by it.
+        cluster.see(follows(2, 1)).see(follows(1, 3));
+        assert_eq!(freshness(&cluster), [Fresh, Fresh, Fresh]);
     }
 
     #[test]
