@@ -97,7 +97,7 @@ pub fn token(data: &[u8]) {
         assert_eq!(token::carried(&head, "litegate", true).txid, None);
     }
 
-    let mut signed = vec![1, data.first().copied().unwrap_or_default() % 4];
+    let mut signed = vec![1, data.first().copied().unwrap_or_default() % 5];
     signed.extend_from_slice(&Database::named(ID).0.to_be_bytes());
     signed.extend_from_slice(data.get(1..).unwrap_or_default());
     signed.extend_from_slice(&key.sign(&signed));
@@ -127,7 +127,9 @@ pub fn token(data: &[u8]) {
         databases.push((database, Position { txid, checksum }));
     }
     let need = Need { lineage, databases };
-    for token in [Token::Need(need.clone()), Token::Affinity(until), Token::Blind { need, until }] {
+    let blind = |beyond| Token::Blind { need: need.clone(), beyond, until };
+    let need_alone = Token::Need(need.clone());
+    for token in [need_alone, Token::Affinity(until), blind(false), blind(true)] {
         let text = token.encode(&key);
         assert_eq!(decode(text.as_bytes()), Ok(token));
         let foreign = Token::decode(text.as_bytes(), &Key::derive(None, "another"), NOW, LONGEST);
