@@ -660,11 +660,11 @@ impl Control {
                     watched.tls = tls;
                     watched
                 }
-                Some(mut watched) => {
-                    let seed = Arc::clone(watched.discovery.reader.latest());
-                    let next = observe(cluster, tls, Some(&seed), Arc::clone(&self.metrics));
-                    watched.hold.reconfigure(&cluster.hold);
-                    Watched { hold: watched.hold, last_writes: watched.last_writes, ..next }
+                Some(watched) => {
+                    let Watched { discovery, hold, last_writes, .. } = watched;
+                    let next = observe(cluster, tls, Some(discovery), Arc::clone(&self.metrics));
+                    hold.reconfigure(&cluster.hold);
+                    Watched { hold, last_writes, ..next }
                 }
                 None => observe(cluster, tls, None, Arc::clone(&self.metrics)),
             };
@@ -792,7 +792,7 @@ fn is_observed_alike(a: &config::cluster::Cluster, b: &config::cluster::Cluster)
 fn observe(
     cluster: &config::cluster::Cluster,
     tls: Option<Arc<net::tls::Tls>>,
-    seed: Option<&topology::Topology>,
+    former: Option<Discovery>,
     metrics: Arc<Metrics>,
 ) -> Watched {
     let hostname = std::env::var("HOSTNAME").ok().map(Arc::from);
@@ -801,7 +801,7 @@ fn observe(
     let counted = move |change: &topology::Change| metrics.changed(&name, change);
     Watched {
         config: cluster.clone(),
-        discovery: discovery::start(cluster, tls.clone(), seed, hostname, cells, counted),
+        discovery: discovery::start(cluster, tls.clone(), former, hostname, cells, counted),
         hold: Hold::new(&cluster.hold),
         last_writes: Arc::default(),
         tls,
