@@ -194,6 +194,8 @@ fn hand_around(cluster: &mut Cluster, clients: Clients, gates: &[Gate; 2], writi
     assert_eq!(cluster.revive(), 0, "LiteFS goes on");
     let ids = cluster.agreed_ids();
     tell(&format!("handoff, {} writing", writing.len()), &seen, &ids, gates);
+    let longest = seen.writes.iter().map(|write| write.ended - write.began).max();
+    eprintln!("  the longest write took {longest:?}");
 
     seen.check_always(&ids);
     assert!(seen.refused().is_empty(), "{:?}", seen.refused());
