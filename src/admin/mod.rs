@@ -26,13 +26,17 @@ use tokio::{
 };
 
 use crate::{
-    config::Config,
+    config::{Config, units},
     telemetry::metrics::{Metrics, Standing},
     topology::{Freshness, Node, Presence, PrimaryGap, Role, Topology, watch::Reader},
 };
 
 /// Connections at once; more wait in the kernel's backlog.
 const CONNECTIONS: usize = 64;
+/// How long an answer may wait for writes to finish.
+const LONG_POLL: Duration = Duration::from_secs(2);
+/// The longest name of a hand-over.
+const ID: usize = 64;
 /// How long a request head may take.
 const HEAD: Duration = Duration::from_secs(5);
 
@@ -45,6 +49,8 @@ const PATHS: &[(&str, &str)] = &[
     ("/api/config", "the configuration in force"),
     ("/api/confirm", "POST ?cluster=…&node=…: the new primary may lack data, writes go on"),
     ("/api/handoff", "POST ?cluster=…&from=…&to=…: another node becomes primary, no write is lost"),
+    ("/api/handoff/hold", "POST ?cluster=…&id=…&for=…: hold writes, for a hand-over elsewhere"),
+    ("/api/handoff/release", "POST ?cluster=…&id=…: let them go on"),
     ("/api/drain", "POST: leave, finishing what runs"),
 ];
 
@@ -55,15 +61,63 @@ pub enum Asked {
     HandOver {
         /// The cluster.
         cluster: Arc<str>,
-        /// Only if this node is primary.
-        from: Option<String>,
-        /// The node that takes over; else whichever is best.
-        to: Option<String>,
+        /// How.
+        wish: HandOver,
         /// Told when it is over.
+        answer: oneshot::Sender<Answer>,
+    },
+    /// Writes are to wait, for a hand-over that another instance carries out.
+    Hold {
+        /// The cluster.
+        cluster: Arc<str>,
+        /// The name of the hand-over.
+        by: String,
+        /// For how long, unless it is renewed.
+        lasts: Lasts,
+        /// How long the answer may wait for writes under way.
+        wait: Duration,
+        /// Only if they wait already.
+        renew: bool,
+        /// Told when no write is under way any more, or that some are.
+        answer: oneshot::Sender<Answer>,
+    },
+    /// Writes may go on.
+    Release {
+        /// The cluster.
+        cluster: Arc<str>,
+        /// The name of the hand-over.
+        by: String,
+        /// Not before this node is primary, or the time is up.
+        primary: Option<String>,
+        /// Told when they do.
         answer: oneshot::Sender<Answer>,
     },
     /// Leave, finishing what runs.
     Drain,
+}
+
+/// A planned hand-over, as it is asked for.
+#[derive(Clone, Debug, Default)]
+pub struct HandOver {
+    /// Only if this node is primary.
+    pub from: Option<String>,
+    /// The node that takes over; else whichever is best.
+    pub to: Option<String>,
+    /// How long writes under way may take to finish.
+    pub finish: Option<Duration>,
+    /// Only say what would be done.
+    pub check: bool,
+    /// Writes are held already, under this name, and are to be for so long.
+    pub under: Option<(String, Lasts)>,
+}
+
+/// How long writes are to be held.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Lasts {
+    /// From now on. It may be later here than whoever asked thinks.
+    For(Duration),
+    /// From when they were first held: the same moment however late it is heard.
+    Until(Duration),
 }
 
 /// What is said of something that was asked for.
@@ -154,7 +208,7 @@ impl Admin {
         }
     }
 
-    /// Hands the role over, and answers when that is over.
+    /// Passes on what concerns a hand-over, and answers when that is done.
     async fn hand_over(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         let mut clusters = self.clusters().into_iter().map(|(name, _)| name);
         let cluster = match parameter(request, "cluster") {
@@ -165,9 +219,14 @@ impl Admin {
             return problem(StatusCode::NOT_FOUND, "?cluster=… names none, or one of several");
         };
         let (answer, answered) = oneshot::channel();
-        let node = |name| parameter(request, name).map(ToOwned::to_owned);
-        let asked = Asked::HandOver { cluster, from: node("from"), to: node("to"), answer };
-        if !self.ask(asked) {
+        let asked = match asked(request, cluster, answer) {
+            Ok(asked) => asked,
+            Err(detail) => return problem(StatusCode::BAD_REQUEST, &detail),
+        };
+        // Whoever leaves still holds and lets go with the others: it has writes to finish.
+        let leaves = matches!(asked, Asked::HandOver { .. });
+        let goes = if leaves { self.ask(asked) } else { self.ask.try_send(asked).is_ok() };
+        if !goes {
             return busy();
         }
         match answered.await {
@@ -191,7 +250,12 @@ impl Admin {
 
     async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         let path = request.uri().path();
-        if let "/api/confirm" | "/api/handoff" | "/api/drain" = path {
+        if let "/api/confirm"
+        | "/api/handoff"
+        | "/api/handoff/hold"
+        | "/api/handoff/release"
+        | "/api/drain" = path
+        {
             if *request.method() != Method::POST {
                 let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, "only POST");
                 response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
@@ -203,8 +267,8 @@ impl Admin {
             }
             return match path {
                 "/api/confirm" => self.confirm(request),
-                "/api/handoff" => self.hand_over(request).await,
-                _ => self.drain(),
+                "/api/drain" => self.drain(),
+                _ => self.hand_over(request).await,
             };
         }
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
@@ -233,7 +297,7 @@ impl Admin {
             "/" => {
                 let mut page = String::from("litegate\n\n");
                 for (path, what) in PATHS {
-                    let _ = writeln!(page, "{path:16}{what}");
+                    let _ = writeln!(page, "{path:22}{what}");
                 }
                 text(StatusCode::OK, "text/plain", page)
             }
@@ -317,6 +381,57 @@ fn positions(node: &Node) -> Value {
     let known = node.progress.get();
     let all = known.iter().map(|(_, name, at)| (name.to_owned(), at.to_string().into()));
     Value::Object(all.collect())
+}
+
+/// What the query of one of the three says.
+fn asked(
+    request: &Request<Incoming>,
+    cluster: Arc<str>,
+    answer: oneshot::Sender<Answer>,
+) -> Result<Asked, String> {
+    let owned = |name| parameter(request, name).map(ToOwned::to_owned);
+    let length = |name| match parameter(request, name).map(units::duration) {
+        None => Ok(None),
+        Some(Ok(length)) => Ok(Some(length)),
+        Some(Err(cure)) => Err(format!("{name}: {cure}")),
+    };
+    let lasts = || match (length("for")?, length("until")?) {
+        (Some(length), None) => Ok(Lasts::For(length)),
+        (None, Some(length)) => Ok(Lasts::Until(length)),
+        _ => Err("either ?for=… or ?until=… says for how long, like 8s".to_owned()),
+    };
+    let flag = |name| parameter(request, name) == Some("true");
+    let by = || match owned("id") {
+        Some(id) if id.len() <= ID => Ok(id),
+        _ => Err(format!("?id=… names the hand-over, in {ID} bytes at most")),
+    };
+    Ok(match request.uri().path() {
+        "/api/handoff/hold" => Asked::Hold {
+            cluster,
+            by: by()?,
+            lasts: lasts()?,
+            wait: length("wait")?.unwrap_or_default().min(LONG_POLL),
+            renew: flag("renew"),
+            answer,
+        },
+        "/api/handoff/release" => {
+            Asked::Release { cluster, by: by()?, primary: owned("primary"), answer }
+        }
+        _ => {
+            let under = match parameter(request, "id") {
+                None => None,
+                Some(_) => Some((by()?, lasts()?)),
+            };
+            let wish = HandOver {
+                from: owned("from"),
+                to: owned("to"),
+                finish: length("finish")?,
+                check: flag("check"),
+                under,
+            };
+            Asked::HandOver { cluster, wish, answer }
+        }
+    })
 }
 
 /// The first parameter of that name, as it stands in the query: names have nothing to decode.

@@ -5,8 +5,9 @@
 //! claim itself is waited for), and the held writes go on. Every step has a deadline, all together
 //! less than a held write waits. However it ends, the writes go on: to whoever is primary then.
 //!
-//! Other instances of litegate are not told: their writes find the new primary as after any other
-//! change, by a replay or by its claim.
+//! Where several instances write, all of them have to hold before: see [`super::together`]. Then
+//! this one's pause is one that was agreed on ([`super::pause`]), and so is its end: the lease is
+//! not moved unless the pause lasts until it has.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,36 +15,62 @@ use http::StatusCode;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout_at};
 
+use super::pause::{Agreement, Workers, in_words, named};
 use crate::{
-    admin::Answer,
+    admin::{self, Answer},
     config::cluster::Cluster,
     discovery,
-    proxy::Hold,
+    proxy::{Hold, Pause},
     topology::{Freshness, Node, Presence, Role, Topology, position::Positions, watch},
 };
 
-/// How long writes under way may take to finish.
-const IN_FLIGHT: Duration = Duration::from_secs(10);
+/// How long writes under way may take to finish, unless somebody says otherwise.
+pub(super) const FINISH: Duration = Duration::from_secs(10);
 /// How long the target may take to get what it lacks.
 const CATCH_UP: Duration = Duration::from_secs(5);
 /// How long LiteFS may take to accept: it gives itself 5 s.
 const PROMOTE: Duration = Duration::from_secs(6);
 /// How long the target's claim may take: LiteFS gives itself 10 s.
 const CLAIM: Duration = Duration::from_secs(10);
-/// All of it together, unless held writes wait for less.
-const ALTOGETHER: Duration = Duration::from_secs(20);
+/// All of it together but the wait for writes to finish, unless held writes wait for less.
+const REST: Duration = Duration::from_secs(10);
+/// What of it has to be left when those have finished.
+const LEAST: Duration = Duration::from_secs(2);
 /// Between two looks at what tells nobody when it changes.
-const LOOK: Duration = Duration::from_millis(5);
+pub(super) const LOOK: Duration = Duration::from_millis(5);
+
+/// How long all of a cluster's writes may be held: less than a held write waits.
+pub(super) fn at_most(cluster: &Cluster) -> Duration {
+    cluster.hold.timeout.mul_f64(0.75)
+}
+
+/// How long writes under way get to finish: as long as was asked for, or as is usual and fits.
+///
+/// # Errors
+/// What was asked for does not fit.
+pub(super) fn finish_within(
+    asked: Option<Duration>,
+    at_most: Duration,
+) -> Result<Duration, String> {
+    let most = at_most.saturating_sub(LEAST);
+    match asked {
+        None => Ok(FINISH),
+        Some(asked) if asked <= most => Ok(asked),
+        Some(asked) => Err(format!(
+            "writes under way can't be given {asked:?} to finish: all writes are held meanwhile, for \
+             three quarters of hold.timeout at most. Give them {most:?} or less, or raise hold.timeout"
+        )),
+    }
+}
 
 /// What is asked for, and of whom.
 pub(super) struct HandOver {
     pub(super) cluster: Cluster,
     pub(super) topology: watch::Reader,
     pub(super) hold: Arc<Hold>,
-    /// Only if this one is primary.
-    pub(super) from: Option<String>,
-    /// Who takes over. `None`: the replica that has most.
-    pub(super) to: Option<String>,
+    pub(super) agreement: Agreement,
+    pub(super) workers: Workers,
+    pub(super) wish: admin::HandOver,
 }
 
 /// Who hands over to whom.
@@ -122,6 +149,16 @@ struct Steps {
     began: Instant,
     /// Of all of them.
     deadline: Instant,
+    /// The most writes that were seen to wait.
+    held: usize,
+}
+
+/// What keeps the writes waiting.
+enum Paused {
+    /// This hand-over, which is the only one to hold.
+    Here(Pause),
+    /// What was agreed on under that name, with whoever else holds.
+    Agreed(String),
 }
 
 impl Steps {
@@ -152,29 +189,70 @@ impl HandOver {
         let name = Arc::clone(&self.cluster.name);
         let topology = Arc::clone(self.topology.latest());
         let now = Instant::now();
-        let planned = plan(&topology, self.from.as_deref(), self.to.as_deref(), now.into_std());
-        let plan = match planned {
+        let (from, to) = (self.wish.from.as_deref(), self.wish.to.as_deref());
+        let plan = match plan(&topology, from, to, now.into_std()) {
             Ok(plan) => plan,
             Err(not) => return refused(&name, not),
         };
         if discovery::api(&self.cluster, plan.to.address).is_none() {
             return refused(&name, Not::Possible("the cluster has no LiteFS API".into()));
         }
-        if self.cluster.hold.timeout.is_zero() {
+        let most = at_most(&self.cluster);
+        if most.is_zero() {
             return refused(&name, Not::Possible("hold.timeout is 0: no write could wait".into()));
         }
-        let Some(pause) = self.hold.pause() else {
-            return refused(&name, Not::Possible("a hand-over is under way already".into()));
+        let finish = match finish_within(self.wish.finish, most) {
+            Ok(finish) => finish,
+            Err(why) => return refused(&name, Not::Possible(why)),
         };
-        let most = ALTOGETHER.min(self.cluster.hold.timeout.mul_f64(0.75));
-        let mut steps = Steps { done: Vec::new(), began: now, deadline: now + most };
-        let result = self.steps(&plan, &mut steps).await;
-        let held = self.hold.waiting();
-        drop(pause);
+        if self.wish.check {
+            let (from, to) = (&*plan.from.name, &*plan.to.name);
+            let body = json!({ "cluster": &*name, "outcome": "possible", "from": from, "to": to });
+            return Answer { status: StatusCode::OK, body };
+        }
+        let paused = match self.pause() {
+            Ok(paused) => paused,
+            Err(not) => return refused(&name, not),
+        };
+        let deadline = now + (finish + REST).min(most);
+        let mut steps = Steps { done: Vec::new(), began: now, deadline, held: 0 };
+        let result = self.steps(&plan, finish, &paused, &mut steps).await;
+        steps.held = steps.held.max(self.hold.waiting());
+        let unsure = matches!(result, Err(("promote", ref why)) if why == NO_ANSWER);
+        match paused {
+            Paused::Here(pause) => drop(pause),
+            // LiteFS may yet move the lease: it ends by itself, as that of the others.
+            Paused::Agreed(_) if unsure => {}
+            Paused::Agreed(by) => drop(self.agreement.release(&by)),
+        }
+        self.report(&plan, &steps, result, now.elapsed())
+    }
+
+    /// Keeps the writes waiting, or makes sure that they are.
+    fn pause(&self) -> Result<Paused, Not> {
+        match &self.wish.under {
+            None => {
+                let pause = self.hold.pause().map(Paused::Here);
+                pause.ok_or_else(|| Not::Possible("a hand-over is under way already".into()))
+            }
+            Some((by, lasts)) => match self.agreement.renew(by, *lasts) {
+                Some(_) => Ok(Paused::Agreed(by.clone())),
+                None => Err(Not::Possible("writes are not held under that name".into())),
+            },
+        }
+    }
+
+    fn report(
+        &mut self,
+        plan: &Plan,
+        steps: &Steps,
+        result: Result<(), (&'static str, String)>,
+        took: Duration,
+    ) -> Answer {
+        let (name, held) = (&self.cluster.name, steps.held);
         let (from, to) = (&plan.from.name, &plan.to.name);
         match &result {
             Ok(()) => {
-                let took = now.elapsed();
                 tracing::info!(cluster = %name, %from, %to, held, ?took, "handed over");
             }
             Err((step, why)) => {
@@ -186,11 +264,11 @@ impl HandOver {
             .iter()
             .map(|(step, took)| json!({ "step": step, "seconds": took.as_secs_f64() }));
         let mut body = json!({
-            "cluster": &*name,
+            "cluster": &**name,
             "from": &**from,
             "to": &**to,
             "steps": taken.collect::<Vec<_>>(),
-            "seconds": now.elapsed().as_secs_f64(),
+            "seconds": took.as_secs_f64(),
             "held": held,
         });
         match result {
@@ -212,22 +290,63 @@ impl HandOver {
     async fn steps(
         &mut self,
         plan: &Plan,
+        finish: Duration,
+        paused: &Paused,
         steps: &mut Steps,
     ) -> Result<(), (&'static str, String)> {
         let Plan { from, to } = plan;
         let hold = Arc::clone(&self.hold);
-        let finish = async {
-            while hold.in_flight() > 0 {
-                sleep(LOOK).await;
+        let agreement = self.agreement.clone();
+        // Whatever comes before the lease moves, ends with the pause.
+        let ended = || {
+            let agreement = agreement.clone();
+            async move {
+                match paused {
+                    Paused::Here(_) => std::future::pending().await,
+                    Paused::Agreed(by) => agreement.ended(by).await,
+                }
             }
-            Ok(())
         };
-        let under_way = || format!("{} writes are still under way", hold.in_flight());
-        steps.take("finish writes", IN_FLIGHT, finish, under_way).await?;
+        let finished = async {
+            let finished = async {
+                while hold.in_flight() > 0 {
+                    sleep(LOOK).await;
+                }
+            };
+            tokio::select! {
+                () = finished => Ok(()),
+                () = ended() => Err(NOT_HELD.to_owned()),
+            }
+        };
+        let in_time = steps
+            .take("finish writes", finish, finished, || in_words(hold.in_flight() as u64, &[]));
+        if let Err((step, why)) = in_time.await {
+            let running = self.workers.under_way(&self.cluster.name).await;
+            if running.is_empty() {
+                return Err((step, why));
+            }
+            let running = named(running, Instant::now());
+            return Err((step, in_words(hold.in_flight() as u64, &running)));
+        }
+        let caught_up = async {
+            tokio::select! {
+                () = catch_up(plan) => Ok(()),
+                () = ended() => Err(NOT_HELD.to_owned()),
+            }
+        };
         let lacks = || format!("{} does not have what {} has", to.name, from.name);
-        steps.take("catch up", CATCH_UP, catch_up(plan), lacks).await?;
-        let promote = discovery::promote(&self.cluster, to.address, PROMOTE);
-        steps.take("promote", PROMOTE, promote, || "LiteFS does not answer".into()).await?;
+        steps.take("catch up", CATCH_UP, caught_up, lacks).await?;
+        steps.held = hold.waiting();
+        let within = match paused {
+            Paused::Here(_) => PROMOTE,
+            // The others hold a little longer than this one, and no longer.
+            Paused::Agreed(by) => {
+                agreement.lasts(by).ok_or(("promote", NOT_HELD.to_owned()))?.min(PROMOTE)
+            }
+        };
+        // Its own limit is the longer one: running out of time is told from a refusal.
+        let promote = discovery::promote(&self.cluster, to.address, PROMOTE * 2);
+        steps.take("promote", within, promote, || NO_ANSWER.into()).await?;
         let mut topology = self.topology.clone();
         let claim = async {
             loop {
@@ -247,8 +366,13 @@ impl HandOver {
     }
 }
 
+/// LiteFS was asked, and may or may not do it.
+pub(super) const NO_ANSWER: &str = "LiteFS does not answer";
+/// A pause that was agreed on is over before its hand-over.
+const NOT_HELD: &str = "writes are no longer held: whoever coordinates was silent, or gave up";
+
 /// Waits until the target has what the primary has. Nothing of ours is under way any more.
-async fn catch_up(plan: &Plan) -> Result<(), String> {
+async fn catch_up(plan: &Plan) {
     let wanted = loop {
         match plan.from.progress.exact().await {
             Some(wanted) => break wanted,
@@ -258,7 +382,7 @@ async fn catch_up(plan: &Plan) -> Result<(), String> {
     loop {
         let has = plan.to.progress.exact().await;
         if has.is_some_and(|has| has_caught_up(&has, &wanted)) {
-            return Ok(());
+            return;
         }
         sleep(LOOK).await;
     }
@@ -328,6 +452,15 @@ mod tests {
         assert!(matches!(planned(&all, None, Some("n9")), Err(Not::Found(_))));
         all.primary = None;
         assert!(matches!(planned(&all, None, None), Err(Not::Possible(_))));
+    }
+
+    #[test]
+    fn what_writes_get_to_finish_fits_into_what_others_are_held() {
+        let second = Duration::from_secs;
+        assert_eq!(finish_within(None, second(3)), Ok(FINISH), "the deadline of all cuts it short");
+        assert_eq!(finish_within(Some(second(20)), second(22)), Ok(second(20)));
+        let refused = finish_within(Some(second(21)), second(22)).unwrap_err();
+        assert!(refused.contains("Give them 20s or less, or raise hold.timeout"), "{refused}");
     }
 
     #[test]

@@ -4,7 +4,14 @@
 //! each data-plane worker has one too, with its own listening sockets. They meet in snapshots,
 //! observations and commands.
 
-use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, thread::JoinHandle};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    thread::JoinHandle,
+};
 
 use rustls::pki_types::ServerName;
 use tokio::{
@@ -35,11 +42,15 @@ use crate::{
     topology,
 };
 pub use look::{Found, knock, look};
+use pause::{Agreement, Workers};
+pub use together::{Instances, Wish, hand_over};
 use worker::{Command, Outfit, limits, work};
 
 mod handoff;
 mod look;
+mod pause;
 mod reload;
+mod together;
 mod worker;
 
 /// How often certificate files are looked at. They are asked for by name rather than watched: that
@@ -287,6 +298,8 @@ struct Watched {
     config: config::cluster::Cluster,
     discovery: Discovery,
     hold: Arc<Hold>,
+    /// On a pause of it, with whoever else holds.
+    agreement: Agreement,
     last_writes: Arc<LastWrites>,
     tls: Option<Arc<net::tls::Tls>>,
 }
@@ -436,6 +449,24 @@ impl Control {
         Ok(())
     }
 
+    /// This process first, by its own admin listener, and those that the configuration says write
+    /// as well.
+    fn instances(&self) -> Instances {
+        let own = self.admin_socket.as_ref().map(|socket| {
+            let (ip, port) = (socket.bound.ip(), socket.bound.port());
+            let ip = match ip {
+                IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+                IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+                ip => ip,
+            };
+            SocketAddr::new(ip, port).to_string()
+        });
+        Instances {
+            admins: own.into_iter().collect(),
+            services: self.config.admin.peers.iter().map(ToString::to_string).collect(),
+        }
+    }
+
     fn outfit(&self, worker: usize) -> Outfit {
         let shared = self.clusters.iter().map(|watched| Shared {
             topology: watched.discovery.reader.clone(),
@@ -471,8 +502,9 @@ impl Control {
                 }
                 Some(asked) = self.asked.recv() => match asked {
                     admin::Asked::Drain => return self.drain(orders, true).await,
-                    admin::Asked::HandOver { cluster, from, to, answer } => {
-                        self.hand_over(&cluster, from, to, answer);
+                    asked => {
+                        let here = (&*self.workers, &self.instance);
+                        handed(&self.clusters, here, Some(self.instances()), asked);
                         continue;
                     }
                 },
@@ -496,29 +528,6 @@ impl Control {
                 Some(Order::Stop) | None => return self.stop().await,
             }
         }
-    }
-
-    /// Begins a hand-over, which goes on by itself.
-    fn hand_over(
-        &self,
-        cluster: &str,
-        from: Option<String>,
-        to: Option<String>,
-        answer: oneshot::Sender<admin::Answer>,
-    ) {
-        // Without it the one who asked hears that litegate has other things to do.
-        let Some(watched) = self.clusters.iter().find(|w| *w.config.name == *cluster) else {
-            return;
-        };
-        let hand_over = handoff::HandOver {
-            cluster: watched.config.clone(),
-            topology: watched.discovery.reader.clone(),
-            hold: Arc::clone(&watched.hold),
-            from,
-            to,
-        };
-        // It has a deadline of its own, and the one who asked may have left.
-        tokio::spawn(async move { answer.send(hand_over.run().await) });
     }
 
     /// Tells discovery what an operator said.
@@ -628,7 +637,7 @@ impl Control {
                 _ => open_nodes(cluster).map_err(|error| error.to_string())?,
             });
         }
-        let admin = if config.admin == self.config.admin {
+        let admin = if config.admin.address == self.config.admin.address {
             Swap::Keep
         } else {
             let ours = self.admin_socket.as_ref().map(|socket| socket.bound);
@@ -660,11 +669,11 @@ impl Control {
                     watched.tls = tls;
                     watched
                 }
-                Some(mut watched) => {
-                    let seed = Arc::clone(watched.discovery.reader.latest());
-                    let next = observe(cluster, tls, Some(&seed), Arc::clone(&self.metrics));
-                    watched.hold.reconfigure(&cluster.hold);
-                    Watched { hold: watched.hold, last_writes: watched.last_writes, ..next }
+                Some(watched) => {
+                    let Watched { discovery, hold, agreement, last_writes, .. } = watched;
+                    let next = observe(cluster, tls, Some(discovery), Arc::clone(&self.metrics));
+                    hold.reconfigure(&cluster.hold);
+                    Watched { hold, agreement, last_writes, ..next }
                 }
                 None => observe(cluster, tls, None, Arc::clone(&self.metrics)),
             };
@@ -735,6 +744,17 @@ impl Control {
             };
             tokio::time::timeout(drain.timeout, all).await.is_ok()
         };
+        // Held with the others to the end: a hand-over has to know of what runs here too.
+        let (clusters, workers, instance) = (&self.clusters, &self.workers, &self.instance);
+        let asked = &mut self.asked;
+        let hands = async {
+            while let Some(asked) = asked.recv().await {
+                if let admin::Asked::Hold { .. } | admin::Asked::Release { .. } = asked {
+                    handed(clusters, (workers, instance), None, asked);
+                }
+            }
+            std::future::pending().await
+        };
         let impatient = async {
             loop {
                 match orders.recv().await {
@@ -747,6 +767,7 @@ impl Control {
         let finished = tokio::select! {
             finished = leave => finished,
             () = impatient => false,
+            never = hands => match never {},
         };
         if finished {
             self.join();
@@ -775,6 +796,61 @@ impl Control {
     }
 }
 
+/// Begins whatever of a hand-over was asked for, which goes on by itself: it has deadlines of its
+/// own, and the one who asked may have left.
+fn handed(
+    clusters: &[Watched],
+    (workers, instance): (&[Worker], &Arc<str>),
+    instances: Option<Instances>,
+    asked: admin::Asked,
+) {
+    let workers = Workers(workers.iter().map(|worker| worker.commands.clone()).collect());
+    let named = |cluster: &str| clusters.iter().find(|w| *w.config.name == *cluster);
+    let ask = |watched: &Watched, by| pause::Ask {
+        cluster: watched.config.clone(),
+        topology: watched.discovery.reader.clone(),
+        hold: Arc::clone(&watched.hold),
+        agreement: watched.agreement.clone(),
+        workers: workers.clone(),
+        instance: Arc::clone(instance),
+        by,
+    };
+    // Without an answer the one who asked hears that litegate has other things to do.
+    match asked {
+        admin::Asked::Drain => {}
+        admin::Asked::HandOver { cluster, wish, answer } => {
+            let Some(watched) = named(&cluster) else { return };
+            // Others write too: this one asks all of them, and then itself.
+            let others = instances.filter(|all| !all.services.is_empty());
+            if let (Some(all), None, false) = (others, &wish.under, wish.check) {
+                let admin::HandOver { from, to, finish, .. } = wish;
+                let wish = Wish { cluster: Some(cluster.to_string()), from, to, finish };
+                tokio::spawn(async move { answer.send(hand_over(&all, wish).await) });
+                return;
+            }
+            let hand_over = handoff::HandOver {
+                cluster: watched.config.clone(),
+                topology: watched.discovery.reader.clone(),
+                hold: Arc::clone(&watched.hold),
+                agreement: watched.agreement.clone(),
+                workers,
+                wish,
+            };
+            tokio::spawn(async move { answer.send(hand_over.run().await) });
+        }
+        admin::Asked::Hold { cluster, by, lasts, wait, renew, answer } => {
+            let Some(watched) = named(&cluster) else { return };
+            let ask = ask(watched, by);
+            tokio::spawn(async move { answer.send(ask.hold(lasts, wait, renew).await) });
+        }
+        admin::Asked::Release { cluster, by, primary, answer } => {
+            let Some(watched) = named(&cluster) else { return };
+            let ask = ask(watched, by);
+            tokio::spawn(async move { answer.send(ask.release(primary.as_deref()).await) });
+        }
+    }
+}
+
 /// Whether discovery sees the same by either configuration.
 fn is_observed_alike(a: &config::cluster::Cluster, b: &config::cluster::Cluster) -> bool {
     a.port == b.port
@@ -792,7 +868,7 @@ fn is_observed_alike(a: &config::cluster::Cluster, b: &config::cluster::Cluster)
 fn observe(
     cluster: &config::cluster::Cluster,
     tls: Option<Arc<net::tls::Tls>>,
-    seed: Option<&topology::Topology>,
+    former: Option<Discovery>,
     metrics: Arc<Metrics>,
 ) -> Watched {
     let hostname = std::env::var("HOSTNAME").ok().map(Arc::from);
@@ -801,8 +877,9 @@ fn observe(
     let counted = move |change: &topology::Change| metrics.changed(&name, change);
     Watched {
         config: cluster.clone(),
-        discovery: discovery::start(cluster, tls.clone(), seed, hostname, cells, counted),
+        discovery: discovery::start(cluster, tls.clone(), former, hostname, cells, counted),
         hold: Hold::new(&cluster.hold),
+        agreement: Agreement::default(),
         last_writes: Arc::default(),
         tls,
     }

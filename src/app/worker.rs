@@ -19,7 +19,7 @@ use tokio::{
 
 use crate::{
     config::{Config, listener::Listener},
-    proxy::{Client, Parts, Proxy, Shared},
+    proxy::{Client, Parts, Proxy, Shared, Write},
     server::{
         self, Accepting, ClientCertificate, Conn, Door, Handshake, Incoming, Limits, Origin,
         Refusal, drain, tls::Tls,
@@ -39,6 +39,8 @@ pub(super) enum Command {
     Listen(usize, std::net::TcpListener),
     /// Close that listener; its connections finish what they have.
     Close(usize),
+    /// Tell which writes of that cluster are under way.
+    Tell(Arc<str>, mpsc::Sender<Vec<Write>>),
     /// Take nothing new.
     Drain,
     /// End at once.
@@ -138,6 +140,7 @@ pub(super) fn work(outfit: Outfit, limits: Limits, mut commands: mpsc::Receiver<
                         trigger.start();
                     }
                 }
+                Some(Command::Tell(cluster, to)) => gate.tell(&cluster, &to, &former),
                 Some(Command::Drain) => {
                     doors.values().for_each(drain::Trigger::start);
                     let finished = async {
@@ -149,10 +152,12 @@ pub(super) fn work(outfit: Outfit, limits: Limits, mut commands: mpsc::Receiver<
                         tokio::select! {
                             () = &mut finished => break,
                             _ = tidy.tick() => gate.tidy(&mut former),
-                            command = commands.recv() => {
-                                if matches!(command, Some(Command::Stop) | None) {
-                                    break;
+                            command = commands.recv() => match command {
+                                Some(Command::Tell(cluster, to)) => {
+                                    gate.tell(&cluster, &to, &former);
                                 }
+                                Some(Command::Stop) | None => break,
+                                Some(_) => {}
                             }
                         }
                     }
@@ -176,6 +181,13 @@ struct Gate {
 impl Gate {
     fn current(&self) -> Rc<Proxy> {
         Rc::clone(&self.proxy.borrow())
+    }
+
+    /// Tells which writes are under way, under earlier configurations too.
+    fn tell(&self, cluster: &str, to: &mpsc::Sender<Vec<Write>>, former: &[Weak<Proxy>]) {
+        let all = former.iter().filter_map(Weak::upgrade).chain([self.current()]);
+        // Whoever asked has a place for each worker's answer, or has left.
+        let _ = to.try_send(all.flat_map(|proxy| proxy.under_way(cluster)).collect());
     }
 
     fn tidy(&self, former: &mut Vec<Weak<Proxy>>) {

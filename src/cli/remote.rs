@@ -27,14 +27,17 @@ pub(super) struct Remote {
         long,
         value_name = "URL",
         env = "LITEGATE_ADMIN",
-        default_value = "http://127.0.0.1:9090",
+        default_value = HERE,
         value_parser = address
     )]
     admin: String,
 }
 
+/// Where it is if nobody says.
+pub(super) const HERE: &str = "http://127.0.0.1:9090";
+
 /// `http://127.0.0.1:9090`, or the same without the scheme.
-fn address(text: &str) -> Result<String, String> {
+pub(super) fn address(text: &str) -> Result<String, String> {
     let address = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
     let (host, port) = address.rsplit_once(':').unwrap_or(("", ""));
     if host.is_empty() || port.parse::<u16>().is_err() || address.contains('/') {
@@ -53,6 +56,11 @@ pub(super) fn name(text: &str) -> Result<String, String> {
 }
 
 impl Remote {
+    /// The one with this admin listener, as [`address`] reads it.
+    pub(super) fn at(admin: String) -> Self {
+        Self { admin }
+    }
+
     /// Asks, and reads the answer as JSON; `Null` where it is none.
     pub(super) async fn ask(
         &self,

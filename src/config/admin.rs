@@ -1,12 +1,15 @@
 //! `[admin]` and `[access_log]`: what operators see.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::Arc};
 
 /// `[admin]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct Admin {
     /// `address`: metrics, health and the API. `None` where it is `"off"`.
     pub address: Option<SocketAddr>,
+    /// `peers`: names, each with an address for every instance that writes to the same clusters,
+    /// and the port of their admin listeners: a hand-over has all of them hold.
+    pub peers: Vec<Arc<str>>,
 }
 
 /// `[access_log]`

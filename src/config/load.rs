@@ -304,7 +304,19 @@ fn admin(mut section: Section) -> Option<Admin> {
         text => address(text).map(Some),
     };
     let address = section.parsed("address", "an IP address and a port, or \"off\"", parse);
-    Some(Admin { address: address.unwrap_or(Some(default)) })
+    let peers = section.texts("peers", "names with a port", peer);
+    Some(Admin { address: address.unwrap_or(Some(default)), peers })
+}
+
+/// `litegate-admin:9090`
+fn peer(text: &str) -> Result<Arc<str>, String> {
+    let (name, port) = text.rsplit_once(':').unwrap_or(("", ""));
+    let plain = |c: char| c.is_ascii_alphanumeric() || ".:-_[]".contains(c);
+    let is_port = port.parse::<u16>().is_ok_and(|port| port > 0);
+    if name.is_empty() || !name.chars().all(plain) || !is_port {
+        return Err("like \"litegate-admin:9090\"".to_owned());
+    }
+    Ok(text.into())
 }
 
 fn access_log(mut section: Section) -> AccessLog {
@@ -992,6 +1004,19 @@ primary = { type = "litefs" }
         assert_eq!(config.clusters[0].hold.timeout, secs(30));
         assert_eq!(config.routes.len(), 1);
         assert_eq!(config.admin.address, Some("127.0.0.1:9090".parse().unwrap()));
+        assert!(config.admin.peers.is_empty());
+    }
+
+    #[test]
+    fn peers_are_names_with_a_port() {
+        let with = |peers: &str| parsed(&format!("{LEAST}\n[admin]\npeers = {peers}"));
+        let peers = with(r#"["litegate-admin:9090", "[::1]:1"]"#).unwrap().admin.peers;
+        assert_eq!(peers, [Arc::from("litegate-admin:9090"), Arc::from("[::1]:1")]);
+        assert_eq!(with(r#""one:9090""#).unwrap().admin.peers.len(), 1);
+        for wrong in ["litegate-admin", ":9090", "a:0", "a:x", "http://a:1", "a b:1"] {
+            let said = with(&format!("[\"{wrong}\"]")).unwrap_err();
+            assert!(said.contains("like \"litegate-admin:9090\""), "{wrong}: {said}");
+        }
     }
 
     #[test]

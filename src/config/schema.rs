@@ -101,7 +101,7 @@ pub fn schema() -> Value {
             "proxy_protocol_from": texts,
             "trusted_proxies": texts,
         })) },
-        "admin": table(json!({ "address": text })),
+        "admin": table(json!({ "address": text, "peers": texts })),
         "access_log": table(json!({ "format": words(&["text", "json", "off"]), "output": text })),
         "limits": table(json!({
             "header_bytes": size, "headers": count, "uri_bytes": size, "header_read": duration,

@@ -25,7 +25,7 @@ use crate::{
     },
     telemetry::metrics::DiscoveryCells,
     topology::{
-        Change, Member, Observation, Presence, PrimaryName, Saw, Source, Topology, eject,
+        Change, Member, Observation, Presence, PrimaryName, Saw, Source, eject,
         lineage::Kept,
         progress::Progress,
         reconcile::{Rules, State},
@@ -57,6 +57,8 @@ pub struct Discovery {
     pub reader: watch::Reader,
     /// Tells discovery something.
     pub observer: Observer,
+    /// For whoever goes on in its place.
+    publisher: watch::Publisher,
     task: JoinHandle<()>,
 }
 
@@ -89,13 +91,14 @@ impl Observer {
     }
 }
 
-/// Starts to observe a cluster, on the runtime that this is called on. `seed` is what an earlier
-/// configuration believed; `hostname` the pod beside us; `cells` where it is counted; `tls` how it
-/// is spoken at the port where requests go.
+/// Starts to observe a cluster, on the runtime that this is called on. `former` did it by an earlier
+/// configuration, and ends here: what it believed is where this one begins, and whoever followed
+/// it follows this one. `hostname` is the pod beside us; `cells` is where it is counted; `tls` is how
+/// it is spoken at the port where requests go.
 pub fn start(
     cluster: &Cluster,
     tls: Option<Arc<Tls>>,
-    seed: Option<&Topology>,
+    former: Option<Discovery>,
     hostname: Option<Arc<str>>,
     cells: Arc<DiscoveryCells>,
     on_change: impl Fn(&Change) + Send + 'static,
@@ -112,7 +115,10 @@ pub fn start(
         eject_max: cluster.health.eject_max,
         local: hostname.clone().filter(|_| cluster.prefer == Prefer::Local),
     };
-    let mut state = State::new(rules, seed);
+    // It publishes nothing from here on: its task ends where it waits.
+    let former = former.map(|former| former.publisher.clone());
+    let seed = former.as_ref().map(|publisher| Arc::clone(publisher.reader().latest()));
+    let mut state = State::new(rules, seed.as_deref());
     if let Members::Static(nodes) = &cluster.members {
         // Known without asking anybody: the first request must not find an empty cluster.
         let member = |node: &StaticNode| Member {
@@ -128,7 +134,14 @@ pub fn start(
             on_change(&change);
         }
     }
-    let (publisher, reader) = watch::channel(state.topology().clone());
+    let (publisher, reader) = match former {
+        None => watch::channel(state.topology().clone()),
+        Some(publisher) => {
+            publisher.publish(state.topology().clone());
+            let reader = publisher.reader();
+            (publisher, reader)
+        }
+    };
     let (sender, seen) = mpsc::channel(WAITING);
     let observer = Observer { sender, cells, refresh: Arc::new(signal::Sender::new(())) };
     let folding = Fold {
@@ -137,7 +150,7 @@ pub fn start(
         observer: observer.clone(),
         hostname,
         state,
-        publisher,
+        publisher: publisher.clone(),
         watched: HashMap::new(),
         sources: JoinSet::new(),
         acknowledging: None,
@@ -145,7 +158,7 @@ pub fn start(
         lookups: JoinSet::new(),
     };
     let task = tokio::spawn(folding.run(seen, on_change));
-    Discovery { reader, observer, task }
+    Discovery { reader, observer, publisher, task }
 }
 
 /// Where a member's LiteFS API is. `None` where the cluster has none.

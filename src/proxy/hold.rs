@@ -12,11 +12,13 @@
 //! A hand-over pauses it: everybody who comes joins the queue, and nobody leaves it but by its own
 //! deadline. Each worker counts its writes under way in a cell of its own ([`Lane`]), so that a
 //! pause can wait for their end: whoever counts itself and then finds no pause, the pause will see.
+//! What they are stays with their worker, which is asked if somebody has to know.
 //!
 //! One hold serves all workers of a cluster: this is the slow path, and the order is the
 //! process's, not a worker's. On the fast path it costs a look at one number.
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     rc::Rc,
     sync::{
@@ -25,6 +27,8 @@ use std::{
     },
 };
 
+use http::{Method, Uri};
+use slab::Slab;
 use tokio::{
     sync::Notify,
     time::{Instant, sleep_until},
@@ -57,25 +61,53 @@ struct Running(AtomicUsize);
 pub struct Lane {
     hold: Arc<Hold>,
     running: Arc<Running>,
+    /// What the counted are. As many as `max_writes` lets run.
+    writes: RefCell<Slab<Write>>,
+}
+
+/// A write, as it can be named.
+#[derive(Clone, Debug)]
+pub struct Write {
+    /// Its method.
+    pub method: Method,
+    /// Its target, of which the path alone is for others.
+    pub uri: Uri,
+    /// The node that it runs on.
+    pub node: Arc<str>,
+    /// When it was sent there.
+    pub since: Instant,
 }
 
 impl Lane {
     /// Begins a write. `None` while the hold is paused: it has to wait.
-    pub fn enter(self: &Rc<Self>) -> Option<OnItsWay> {
+    pub fn enter(self: &Rc<Self>, write: impl FnOnce() -> Write) -> Option<OnItsWay> {
         // Counted first, in one order with the pause: either this sees it or it sees this.
         self.running.0.fetch_add(1, Ordering::SeqCst);
-        let on_its_way = OnItsWay(Rc::clone(self));
-        (!self.hold.paused.load(Ordering::SeqCst)).then_some(on_its_way)
+        let mut on_its_way = OnItsWay { lane: Rc::clone(self), key: None };
+        if self.hold.paused.load(Ordering::SeqCst) {
+            return None;
+        }
+        on_its_way.key = Some(self.writes.borrow_mut().insert(write()));
+        Some(on_its_way)
+    }
+
+    /// What is under way.
+    pub fn under_way(&self) -> Vec<Write> {
+        self.writes.borrow().iter().map(|(_, write)| write.clone()).collect()
     }
 }
 
 /// A write under way, until dropped.
 #[derive(Debug)]
-pub struct OnItsWay(Rc<Lane>);
+pub struct OnItsWay {
+    lane: Rc<Lane>,
+    key: Option<usize>,
+}
 
 impl Drop for OnItsWay {
     fn drop(&mut self) {
-        self.0.running.0.fetch_sub(1, Ordering::SeqCst);
+        self.key.and_then(|key| self.lane.writes.borrow_mut().try_remove(key));
+        self.lane.running.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -128,7 +160,7 @@ impl Hold {
         let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         lanes.retain(|lane| lane.strong_count() > 0);
         lanes.push(Arc::downgrade(&running));
-        Rc::new(Lane { hold: Arc::clone(self), running })
+        Rc::new(Lane { hold: Arc::clone(self), running, writes: RefCell::default() })
     }
 
     /// Writes under way, of all workers.
@@ -424,13 +456,23 @@ mod tests {
         let (_publisher, topology) = watch::channel(with_primary(1));
         let hold = Hold::new(&rules(10, 2));
         let (lane, other) = (hold.lane(), hold.lane());
-        let (under_way, _too) = (lane.enter().unwrap(), other.enter().unwrap());
+        let write = |path| Write {
+            method: Method::POST,
+            uri: Uri::from_static(path),
+            node: "app-0".into(),
+            since: Instant::now(),
+        };
+        let under_way = lane.enter(|| write("/a?secret")).unwrap();
+        let _too = other.enter(|| write("/b")).unwrap();
         let pause = hold.pause().unwrap();
         assert!(hold.pause().is_none(), "one at a time");
-        assert!(hold.is_busy() && lane.enter().is_none());
+        assert!(hold.is_busy() && lane.enter(|| write("/c")).is_none());
         assert_eq!(hold.in_flight(), 2);
+        let named = |lane: &Lane| lane.under_way().iter().map(|w| w.uri.to_string()).collect();
+        let both: [Vec<String>; 2] = [named(&lane), named(&other)];
+        assert_eq!(both, [["/a?secret"], ["/b"]]);
         drop(under_way);
-        assert_eq!(hold.in_flight(), 1);
+        assert_eq!((hold.in_flight(), lane.under_way().len()), (1, 0));
         let (mut first, mut second) = (hold.join(0).unwrap(), hold.join(0).unwrap());
         let mut both = std::pin::pin!(async {
             tokio::try_join!(wait(&mut first, &topology), wait(&mut second, &topology))
@@ -439,7 +481,7 @@ mod tests {
         assert!(tokio::time::timeout(second, both.as_mut()).await.is_err());
         drop(pause);
         both.await.unwrap();
-        assert!(lane.enter().is_some() && !hold.is_busy());
+        assert!(lane.enter(|| write("/d")).is_some() && !hold.is_busy());
     }
 
     #[tokio::test(start_paused = true)]

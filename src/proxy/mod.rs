@@ -26,7 +26,12 @@ use self::{
     session::Session,
     upgrade::Sides,
 };
-pub use self::{causal::LastWrites, cluster::Shared, hold::Hold, relay::ResponseBody};
+pub use self::{
+    causal::LastWrites,
+    cluster::Shared,
+    hold::{Hold, Pause, Write},
+    relay::ResponseBody,
+};
 use crate::{
     config::{
         self, Config,
@@ -172,6 +177,12 @@ impl Proxy {
         if let Some(log) = &self.log {
             log.flush();
         }
+    }
+
+    /// The writes of that cluster that are under way here.
+    pub fn under_way(&self, cluster: &str) -> Vec<Write> {
+        let of = self.clusters.iter().filter(|known| *known.config.name == *cluster);
+        of.flat_map(|known| known.lane.under_way()).collect()
     }
 
     /// What is expected of whoever connects there.
@@ -920,7 +931,15 @@ impl Proxy {
             turn.ok().and_then(Result::ok).ok_or(Trouble::Node(full))?
         };
         let lane = match &write {
-            Some(_) => Some(cluster.lane.enter().ok_or(Trouble::Paused)?),
+            Some(_) => {
+                let write = || Write {
+                    method: walk.method.clone(),
+                    uri: walk.uri.clone(),
+                    node: Arc::clone(&node.name),
+                    since: began,
+                };
+                Some(cluster.lane.enter(write).ok_or(Trouble::Paused)?)
+            }
             None => None,
         };
         let timeouts = &cluster.config.timeouts;

@@ -172,31 +172,52 @@ fn a_primary_that_hands_over_fails_no_write_and_no_read() {
     let gates = gates(&cluster, cluster.proxy_port(), "");
     // All through the instance that is asked.
     let clients = Clients::start_at([gates[0].address(); 2], &cluster, &gates);
+    hand_around(&mut cluster, clients, &gates, &gates[..1]);
+}
+
+#[test]
+fn a_primary_that_hands_over_while_two_litegates_write_fails_no_write_and_no_read() {
+    let mut cluster = Cluster::start_with_consul();
+    let gates = gates(&cluster, cluster.proxy_port(), "");
+    let clients = Clients::start(&cluster, &gates);
+    hand_around(&mut cluster, clients, &gates, &gates);
+}
+
+/// Three hand-overs in a row, for which all of `writing` hold.
+fn hand_around(cluster: &mut Cluster, clients: Clients, gates: &[Gate; 2], writing: &[Gate]) {
     for (from, to) in [(PRIMARY, 1), (1, 2), (2, PRIMARY)] {
         clients.wait_for(100, 200);
-        hand_over(&cluster, &gates[0], from, to);
+        hand_over(cluster, writing, from, to);
     }
     clients.wait_for(100, 200);
     let seen = clients.finish();
     assert_eq!(cluster.revive(), 0, "LiteFS goes on");
     let ids = cluster.agreed_ids();
-    tell("handoff", &seen, &ids, &gates);
+    tell(&format!("handoff, {} writing", writing.len()), &seen, &ids, gates);
+    let longest = seen.writes.iter().map(|write| write.ended - write.began).max();
+    eprintln!("  the longest write took {longest:?}");
 
     seen.check_always(&ids);
     assert!(seen.refused().is_empty(), "{:?}", seen.refused());
     assert!(seen.missing(&ids).is_empty(), "{:?}", seen.missing(&ids));
+    // Each acknowledged one is there, and by `check_always` once.
+    let acknowledged = seen.writes.iter().filter(|write| write.end == End::Acknowledged).count();
+    assert_eq!(ids.len(), acknowledged, "and nothing else is");
 }
 
-fn hand_over(cluster: &Cluster, gate: &Gate, from: usize, to: usize) {
-    let admin = format!("http://{}", gate.admin());
-    let args = ["handoff", "--admin", &admin, "--from", cluster.name(from), "--to"];
-    let output = Command::new(env!("CARGO_BIN_EXE_litegate"))
-        .args(args)
-        .arg(cluster.name(to))
+fn hand_over(cluster: &Cluster, writing: &[Gate], from: usize, to: usize) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_litegate"));
+    command.args(["handoff", "--from", cluster.name(from), "--to", cluster.name(to)]);
+    for gate in writing {
+        command.args(["--admin", &format!("http://{}", gate.admin())]);
+    }
+    let output = command
+        .env_remove("LITEGATE_ADMIN")
         .stdin(Stdio::null())
         .output()
         .expect("litegate starts");
     assert!(output.status.success(), "{output:?}");
+    eprint!("{}", String::from_utf8_lossy(&output.stdout));
     assert_eq!(cluster.claimants(), [to], "{output:?}");
 }
 

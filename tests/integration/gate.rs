@@ -50,6 +50,13 @@ impl Gate {
         Self { cluster, running: Some(running) }
     }
 
+    /// Another litegate before the same cluster, which stays the first one's.
+    pub(crate) async fn beside(&self, keys: &str) -> Self {
+        let gate = Self::before(Cluster::empty(), &config(&self.cluster, keys));
+        gate.until(|topology| topology.primary.is_some()).await;
+        gate
+    }
+
     /// What the admin listener counts.
     pub(crate) async fn metrics(&self) -> String {
         let answer = client::request(self.admin(), "GET", "/metrics", "", b"").await;

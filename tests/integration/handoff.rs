@@ -204,6 +204,15 @@ async fn the_commands_say_what_happened_by_word_and_exit_code() {
     let (code, said) = litegate(&gate, &["handoff", "--from", "app-0", "--wait"]).await;
     assert!(code == 0 && said.contains("nothing to do"), "{said}");
     assert_eq!(litegate(&gate, &["handoff", "--to", "nobody"]).await.0, 4);
+    for (host, wanted) in [("app-0", "app-0 is not primary"), ("app-2", "before it app-2")] {
+        let mut here = tokio::process::Command::new(env!("CARGO_BIN_EXE_litegate"));
+        let admin = gate.admin().to_string();
+        here.args(["handoff", "--from-here", "--to", "app-1", "--admin", &admin]);
+        let output = timeout(PATIENCE, here.env("HOSTNAME", host).output()).await;
+        let output = output.expect("in time").expect("the program was built");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success() && said.contains(wanted), "{host}: {output:?}");
+    }
     gate.cluster.step_down();
     gate.until(|topology| topology.primary.is_none()).await;
     assert_eq!(litegate(&gate, &["status"]).await.0, 1);

@@ -5,7 +5,10 @@ use std::{net::SocketAddr, time::Duration};
 use litegate::{
     app::Ended,
     config::load,
-    testkit::client::{self, Conn},
+    testkit::{
+        Options,
+        client::{self, Conn},
+    },
 };
 use tokio::time::{Instant, timeout};
 
@@ -57,6 +60,25 @@ async fn a_reload_under_load_loses_no_request() {
     for client in clients {
         client.await.expect("no request was lost");
     }
+}
+
+#[tokio::test]
+async fn a_write_that_waits_survives_a_reload_of_what_is_observed() {
+    let keys = r#"primary = { type = "litefs", poll = "100ms" }"#;
+    let gate = Gate::with(Options::default(), keys).await;
+    gate.cluster.step_down();
+    gate.until(|topology| topology.primary.is_none()).await;
+    let (held, ()) = tokio::join!(gate.send("POST", "/kv/held", b"v"), async {
+        while gate.metric("litegate_held_requests", "app").await == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let text = gate::config(&gate.cluster, &format!("{keys}\nmax_lag = \"9s\""));
+        let config =
+            load::parse("test.toml", &text, []).unwrap_or_else(|faults| panic!("{faults}"));
+        gate.running().reload(config).await.expect("applied");
+        gate.cluster.promote(1);
+    });
+    assert_eq!((held.status, gate.cluster.written("held").on), (200, vec![1]));
 }
 
 #[tokio::test]

@@ -22,6 +22,7 @@ mod roles;
 mod sessions;
 mod testkit;
 mod tls;
+mod together;
 mod tunnels;
 mod upstream_h2;
 mod upstream_tls;

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use litegate::testkit::client::Conn;
-use litegate::{app::Ended, testkit::Options};
+use litegate::{app::Ended, config::load, testkit::Options};
 use tokio::{io::AsyncReadExt as _, time::timeout};
 
-use crate::gate::Gate;
+use crate::gate::{Gate, config};
 
 const KEYS: &str = r#"primary = { type = "litefs", poll = "100ms" }
 timeouts = { tunnel_close = "200ms" }"#;
@@ -65,6 +65,24 @@ async fn websockets_to_a_demoted_primary_are_told_to_connect_again() {
     let mut again = open(&gate, "/upgrade", "websocket").await;
     echoes(&mut again).await;
     assert!(gate.metric("litegate_tunnels_closed_total", "demoted").await > 0);
+}
+
+#[tokio::test]
+async fn a_socket_opened_before_discovery_was_configured_anew_follows_the_primary_too() {
+    let gate = gate("").await;
+    let mut conn = open(&gate, "/upgrade", "websocket").await;
+    for lag in ["9s", "8s"] {
+        let text = config(&gate.cluster, &format!("{KEYS}\nmax_lag = \"{lag}\""));
+        let config =
+            load::parse("test.toml", &text, []).unwrap_or_else(|faults| panic!("{faults}"));
+        gate.running().reload(config).await.expect("applied");
+    }
+    echoes(&mut conn).await;
+    gate.cluster.promote(1);
+    let mut close = [0; 4];
+    let read = timeout(PATIENCE, conn.stream.read_exact(&mut close)).await;
+    read.expect("in time").expect("a close frame");
+    assert_eq!(close, [0x88, 2, 0x03, 0xf4]);
 }
 
 #[tokio::test]
