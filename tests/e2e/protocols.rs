@@ -1,4 +1,5 @@
-//! Protocols judged by others: h2spec, and gRPC's interoperability suite.
+//! Protocols judged by others: h2spec, gRPC's interoperability suite, and what Autobahn asks of a
+//! WebSocket server.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
@@ -61,9 +62,25 @@ impl Drop for Gate {
     }
 }
 
+/// Starts what listens on the port that it is told, and waits until it does.
+fn serve(
+    name: &str,
+    program: &Path,
+    args: &[&str],
+    port: u16,
+    log: &Path,
+) -> (Process, SocketAddr) {
+    let address = SocketAddr::new(LOOPBACK, port);
+    let server = Process::start(name, program, args, log);
+    eventually(&format!("{name} listens"), Duration::from_secs(10), || {
+        TcpStream::connect(address).map_err(|error| error.to_string())
+    });
+    (server, address)
+}
+
 fn run(program: &str, args: &[&str]) -> Output {
     let mut command = Command::new("timeout");
-    command.arg("120").arg(component(program)).args(args).stdin(Stdio::null());
+    command.arg("300").arg(component(program)).args(args).stdin(Stdio::null());
     command.output().expect("timeout is there")
 }
 
@@ -102,18 +119,31 @@ fn h2spec_finds_nothing() {
 #[test]
 fn grpc_interoperates_in_every_case() {
     let directory = tempfile::tempdir().expect("there is room");
-    let port = free_port(&[LOOPBACK]);
-    let address = SocketAddr::new(LOOPBACK, port);
-    let log = directory.path().join("server.log");
+    let (port, log) = (free_port(&[LOOPBACK]), directory.path().join("server.log"));
     let args = ["-port", &port.to_string()];
-    let _server = Process::start("the gRPC server", &component("grpc-server"), &args, &log);
-    eventually("the gRPC server listens", Duration::from_secs(10), || {
-        TcpStream::connect(address).map_err(|error| error.to_string())
-    });
+    let (_server, address) = serve("the gRPC server", &component("grpc-server"), &args, port, &log);
     let gate = Gate::before(address, "", "h2");
     for case in CASES {
         let args = ["-server_host", "127.0.0.1", "-server_port", &gate.port(), "-test_case", case];
         let output = run("grpc-client", &args);
         assert!(output.status.success(), "{case}: {}", text(&output));
     }
+}
+
+/// The Autobahn test suite needs Python 2; components/websocket/client.py has its groups of cases.
+#[test]
+fn websockets_are_carried_byte_for_byte_in_every_case() {
+    let directory = tempfile::tempdir().expect("there is room");
+    let (port, log) = (free_port(&[LOOPBACK]), directory.path().join("server.log"));
+    let (python, suite) = ("websocket/bin/python", "tests/e2e/components/websocket");
+    let script = |name| format!("{}/{suite}/{name}", env!("CARGO_MANIFEST_DIR"));
+    let (server, client, port_text) = (script("server.py"), script("client.py"), port.to_string());
+    let args = [&*server, &*port_text];
+    let (_server, node) = serve("the WebSocket server", &component(python), &args, port, &log);
+    let tls = certificate(directory.path());
+    let [clear, secure] = ["", &*tls].map(|keys| Gate::before(node, keys, "http/1.1"));
+    let output = run(python, &[&client, &port_text, &clear.port(), &secure.port()]);
+    let text = text(&output);
+    let summary = text.lines().last().unwrap_or_default();
+    assert!(output.status.success() && summary.ends_with(" 0 faults"), "{text}");
 }
