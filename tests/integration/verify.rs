@@ -193,8 +193,10 @@ async fn method_routing_breaks_its_word_in_a_failover() {
     let verdict = &after.verdict;
     assert!(verdict.count(Breach::Leaked) >= 20 && verdict.count(Breach::Empty) >= 20);
     assert_eq!(Conclusion::of(verdict, &[]), Conclusion::Violated);
+    // Which of the breaches comes first is chance.
     let text = report::text(&after, &[]);
-    assert!(text.contains("with fly-replay"), "{text}");
+    let first = verdict.violations.first().expect("there is one");
+    assert!(text.contains(&first.text), "{text}");
 }
 
 /// Runs against a cluster that is broken in this way, with litegate before it.
