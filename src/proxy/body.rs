@@ -39,12 +39,13 @@ const FRAME: usize = 64;
 pub struct Budget {
     limit: usize,
     used: Cell<usize>,
+    refused: Cell<u64>,
 }
 
 impl Budget {
     /// An empty one.
     pub fn new(limit: usize) -> Rc<Self> {
-        Rc::new(Self { limit, used: Cell::new(0) })
+        Rc::new(Self { limit, used: Cell::new(0), refused: Cell::new(0) })
     }
 
     /// Bytes in use.
@@ -52,11 +53,18 @@ impl Budget {
         self.used.get()
     }
 
+    /// How often nothing was left, since this was asked last.
+    pub fn refused(&self) -> u64 {
+        self.refused.take()
+    }
+
     fn take(&self, n: usize) -> bool {
         let used = self.used.get() + n;
         let fits = used <= self.limit;
         if fits {
             self.used.set(used);
+        } else {
+            self.refused.set(self.refused.get() + 1);
         }
         fits
     }
