@@ -11,7 +11,7 @@ use std::{
     collections::VecDeque,
     pin::Pin,
     rc::Rc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -20,6 +20,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep};
 
+use super::turn::Turn;
 use crate::{
     decide::strict,
     server::{BodyError, Conn, Incoming, READ_BUFFER},
@@ -99,6 +100,7 @@ struct Shared {
     /// Once for each attempt.
     pause: RefCell<Option<Pin<Box<Sleep>>>>,
     paused: Cell<bool>,
+    turn: Turn,
 }
 
 #[derive(Debug)]
@@ -147,6 +149,7 @@ impl Upload {
             received: Cell::new(0),
             pause: RefCell::default(),
             paused: Cell::new(false),
+            turn: Turn::default(),
         }))
     }
 
@@ -306,6 +309,7 @@ impl Shared {
             }
             self.paused.set(true);
         }
+        ready!(self.turn.poll_mine(cx));
         let polled = Pin::new(&mut state.source).poll_frame(cx);
         self.starved.set(polled.is_pending());
         self.conn.waits_for_body(polled.is_pending());
@@ -320,6 +324,7 @@ impl Shared {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     self.received.set(self.received.get() + data.len() as u64);
+                    self.turn.moved(data.len());
                     if state.keeping {
                         self.keep(state, data);
                     } else if !data.is_empty() {

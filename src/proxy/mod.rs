@@ -83,6 +83,7 @@ mod refusal;
 mod relay;
 mod session;
 mod tokens;
+mod turn;
 mod upgrade;
 pub(crate) mod websocket;
 
