@@ -30,7 +30,7 @@ use crate::{
         self,
         pem::{FileError, Look},
     },
-    proxy::{Hold, LastWrites, Shared},
+    proxy::{Clients, Hold, LastWrites, Shared},
     server::{
         listener,
         tls::{Files, Need, Tls},
@@ -308,6 +308,7 @@ struct Watched {
 struct Control {
     config: Arc<Config>,
     clusters: Vec<Watched>,
+    clients: Arc<Clients>,
     workers: Vec<Worker>,
     /// Every listener there ever was, as last configured. A place here is a listener's number:
     /// connections that outlive their listener keep theirs, and one that comes back gets its own.
@@ -394,6 +395,7 @@ impl Control {
             });
         let mut control = Self {
             listeners: opened.collect::<io::Result<_>>()?,
+            clients: Arc::new(Clients::new(&config.limits.client, None)),
             config,
             clusters,
             workers: Vec::new(),
@@ -483,6 +485,7 @@ impl Control {
                 .map(|opened| (opened.config.clone(), opened.tls.clone()))
                 .collect(),
             clusters: shared.collect(),
+            clients: Arc::clone(&self.clients),
             metrics: Arc::clone(&self.metrics),
             sink: self.log.as_ref().and_then(AccessLog::sink),
             instance: Arc::clone(&self.instance),
@@ -693,6 +696,7 @@ impl Control {
                 None => self.listeners.push(Opened { config, tls, bound: None }),
             }
         }
+        self.clients = Arc::new(Clients::new(&config.limits.client, Some(&self.clients)));
         self.config = Arc::new(config);
         self.metrics.ask(standings(&self.clusters));
         self.admin.update(seen(&self.clusters), &self.config);

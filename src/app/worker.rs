@@ -19,10 +19,10 @@ use tokio::{
 
 use crate::{
     config::{Config, listener::Listener},
-    proxy::{Client, Parts, Proxy, Shared, Write},
+    proxy::{Client, Clients, Parts, Place, Proxy, Shared, Write},
     server::{
         self, Accepting, ClientCertificate, Conn, Door, Handshake, Incoming, Limits, Origin,
-        Refusal, drain, tls::Tls,
+        Reached, Refusal, drain, tls::Tls,
     },
     telemetry::{access_log::Sink, metrics::Metrics},
 };
@@ -53,6 +53,7 @@ pub(super) struct Outfit {
     /// Every listener there ever was: see [`Command::Listen`].
     pub(super) listeners: Vec<(Listener, Option<Arc<Tls>>)>,
     pub(super) clusters: Vec<Shared>,
+    pub(super) clients: Arc<Clients>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) sink: Option<Sink>,
     pub(super) instance: Arc<str>,
@@ -71,6 +72,7 @@ impl Outfit {
             config: self.config,
             listeners: self.listeners,
             clusters: self.clusters,
+            clients: self.clients,
             instance: self.instance,
         })
     }
@@ -78,7 +80,7 @@ impl Outfit {
 
 /// A worker's share of the limits.
 pub(super) fn limits(config: &Config) -> Limits {
-    let limits = config.limits;
+    let limits = &config.limits;
     Limits {
         header_bytes: limits.header_bytes,
         headers: limits.headers,
@@ -88,9 +90,21 @@ pub(super) fn limits(config: &Config) -> Limits {
         connections: (limits.connections / config.server.workers.get()).max(1),
         streams: limits.streams,
         resets: limits.resets,
+        frames: limits.frames,
+        requests: limits.requests_per_connection,
         handshake: limits.tls_handshake,
         handshakes: (limits.tls_handshakes / config.server.workers.get()).max(1),
     }
+}
+
+/// A worker's share of the connections of each listener.
+pub(super) fn places(config: &Config, listeners: &[(Listener, Option<Arc<Tls>>)]) -> Vec<usize> {
+    let share = |listener: &Listener| match listener.connections {
+        0 => config.limits.connections,
+        some => some,
+    };
+    let workers = config.server.workers.get();
+    listeners.iter().map(|(listener, _)| (share(listener) / workers).max(1)).collect()
 }
 
 /// A data-plane worker: one thread, one runtime, until told to end.
@@ -103,8 +117,8 @@ pub(super) fn work(outfit: Outfit, limits: Limits, mut commands: mpsc::Receiver<
         }
     };
     LocalSet::new().block_on(&runtime, async move {
+        let accepting = Accepting::new(limits, &places(&outfit.config, &outfit.listeners));
         let gate = Rc::new(Gate { proxy: RefCell::new(Rc::new(outfit.wear())) });
-        let accepting = Accepting::new(limits);
         let mut doors: HashMap<usize, drain::Trigger> = HashMap::new();
         let mut accepts = tokio::task::JoinSet::new();
         let mut tidy = interval(TIDY);
@@ -121,7 +135,8 @@ pub(super) fn work(outfit: Outfit, limits: Limits, mut commands: mpsc::Receiver<
             };
             match command {
                 Some(Command::Use(outfit)) => {
-                    accepting.set_limits(self::limits(&outfit.config));
+                    let places = places(&outfit.config, &outfit.listeners);
+                    accepting.set_limits(self::limits(&outfit.config), &places);
                     let before = gate.proxy.replace(Rc::new(outfit.wear()));
                     former.push(Rc::downgrade(&before));
                 }
@@ -199,17 +214,31 @@ impl Gate {
 impl server::Service for Gate {
     type Body = crate::proxy::ResponseBody;
     type Client = Client;
+    type Place = Place;
 
     fn door(&self, origin: &Origin) -> Door {
         self.current().door(origin)
     }
 
-    fn opened(&self, origin: Origin, certificate: Option<ClientCertificate>) -> Client {
-        self.current().client(origin, certificate.as_ref())
+    fn admit(&self, origin: &Origin) -> Option<Place> {
+        self.current().admit(origin)
+    }
+
+    fn opened(
+        &self,
+        origin: Origin,
+        certificate: Option<ClientCertificate>,
+        place: Place,
+    ) -> Client {
+        self.current().client(origin, certificate.as_ref(), place)
     }
 
     fn shook_hands(&self, listener: usize, how: Handshake) {
         self.current().shook_hands(listener, how);
+    }
+
+    fn reached(&self, limit: Reached) {
+        self.current().reached(limit);
     }
 
     async fn call(

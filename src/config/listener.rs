@@ -12,6 +12,9 @@ use ipnet::IpNet;
 pub struct Listener {
     /// `address`, required.
     pub address: SocketAddr,
+    /// `connections`: clients connected here at once, shared out evenly among the workers. Over it
+    /// they wait in the kernel's backlog. Zero: as many as `limits.connections` leaves.
+    pub connections: usize,
     /// `trusted_proxies`: peers whose `Forwarded`, `X-Forwarded-*`, `fly-*` and `Litegate-*`
     /// request headers are believed.
     pub trusted_proxies: Vec<IpNet>,
@@ -88,6 +91,13 @@ impl Listener {
         } else {
             ProxyProtocol::Off
         }
+    }
+
+    /// Whether this peer is named as one that may say who others are.
+    pub fn introduces(&self, peer: IpAddr) -> bool {
+        let peer = peer.to_canonical();
+        self.proxy_protocol != ProxyProtocol::Off
+            && self.proxy_protocol_from.iter().any(|net| net.contains(&peer))
     }
 
     /// Whether this peer's word about other peers is believed.

@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    num::NonZeroUsize,
+    num::{NonZeroU32, NonZeroUsize},
     path::Path,
     sync::Arc,
     time::Duration,
@@ -21,7 +21,7 @@ use super::{
         SendProxy, StaticNode, Timeouts, Upstream, UpstreamProtocol, UpstreamTls,
     },
     diagnostic::{Diagnostic, Diagnostics, Place},
-    limits::{AmbiguousPaths, Limits, Underscores},
+    limits::{AmbiguousPaths, Limits, PerClient, Rate, Underscores},
     listener::{Certificate, ClientAuth, Listener, Protocols, ProxyProtocol, Tls},
     reader::{self, Entry, Faults, Kind, Section, Value},
     route::{Class, HeaderMatch, Host, Path as RoutePath, Route, Scope},
@@ -249,8 +249,10 @@ fn listener(mut section: Section) -> Option<Listener> {
     let proxy_protocol_from = section.texts("proxy_protocol_from", NETWORKS, network);
     let tls = section.take("tls").map(|value| tls(section.table("listener.tls", "tls", value)));
     let trusted_proxies = section.texts("trusted_proxies", NETWORKS, network);
+    let connections = section.count("connections", 0, 0);
     Some(Listener {
         address: found?,
+        connections,
         trusted_proxies,
         protocols,
         tls,
@@ -351,12 +353,14 @@ fn limits(mut section: Section) -> Limits {
         uri_bytes: section.size("uri_bytes", 16 << 10),
         header_read: section.duration("header_read", secs(10)),
         idle: section.duration("idle", secs(60)),
+        requests_per_connection: section.count("requests_per_connection", 0, 0),
         body_idle: section.duration("body_idle", secs(30)),
         connections: section.count("connections", 1, 20_000),
         replay_bytes: section.size("replay_bytes", 64 << 20),
         tls_handshake: section.duration("tls_handshake", secs(10)),
         streams: section.count("streams", 1, 100),
         resets: section.count("resets", 1, 200),
+        frames: section.count("frames", 1, 1000),
         tls_handshakes: section.count("tls_handshakes", 1, 512),
         underscores: section.word("underscores", &underscores, Underscores::default()),
         ambiguous_paths: section.word(
@@ -364,6 +368,27 @@ fn limits(mut section: Section) -> Limits {
             &ambiguous_paths,
             AmbiguousPaths::default(),
         ),
+        client: per_client(section.section("client")),
+    }
+}
+
+fn per_client(mut section: Section) -> PerClient {
+    let mut rate = |key, burst_key| {
+        let number = |n| u32::try_from(n).ok().and_then(NonZeroU32::new);
+        let per_second = number(section.count(key, 0, 0));
+        let burst = number(section.count(burst_key, 1, 0)).or(per_second);
+        Some(Rate { per_second: per_second?, burst: burst? })
+    };
+    let requests = rate("requests", "requests_burst");
+    let connects = rate("connects", "connects_burst");
+    let prefix = section.integer("ipv6_prefix", 1..=128).and_then(|n| u8::try_from(n).ok());
+    PerClient {
+        requests,
+        connects,
+        connections: section.count("connections", 0, 0),
+        ipv6_prefix: prefix.unwrap_or(64),
+        clients: section.count("clients", 1, 65_536),
+        exempt: section.texts("exempt", NETWORKS, network),
     }
 }
 

@@ -106,6 +106,9 @@ problems! {
     /// requests (`limits.resets`). Its connection is closed without an answer.
     Flood = 429, "FL", "flood", "http_request_denied", Client,
         "Too many frames", "The connection carried a flood of frames that ask for nothing.";
+    /// The client is over `limits.client.requests`.
+    TooManyRequests = 429, "TM", "too_many_requests", "http_request_denied", Client,
+        "Too many requests", "This client has sent more requests than it may. Nothing was done; try again shortly.";
     /// TRACE, and no route allows it; or CONNECT.
     MethodRefused = 405, "BR", "method_refused", "http_request_denied", Client,
         "Method not allowed", "This method is not served here.";
@@ -195,11 +198,13 @@ impl Problem {
         self as usize
     }
 
-    /// `Retry-After` in seconds. Every 503 has one.
+    /// `Retry-After` in seconds. Every 503 has one, and who may ask once a second or more often may
+    /// do so again within a second.
     pub const fn retry_after(self) -> Option<u32> {
         match self {
             Self::NoPrimary | Self::SplitBrain | Self::HoldFull => Some(5),
-            Self::NoReader
+            Self::TooManyRequests
+            | Self::NoReader
             | Self::NotCaughtUp
             | Self::NodeFull
             | Self::WritesFull
@@ -241,7 +246,8 @@ mod tests {
     fn every_503_says_when_to_come_back() {
         for problem in Problem::ALL {
             let is_503 = problem.status() == StatusCode::SERVICE_UNAVAILABLE;
-            assert_eq!(problem.retry_after().is_some(), is_503, "{problem:?}");
+            let says = is_503 || *problem == Problem::TooManyRequests;
+            assert_eq!(problem.retry_after().is_some(), says, "{problem:?}");
         }
     }
 

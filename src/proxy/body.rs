@@ -11,7 +11,7 @@ use std::{
     collections::VecDeque,
     pin::Pin,
     rc::Rc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -20,6 +20,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep};
 
+use super::turn::Turn;
 use crate::{
     decide::strict,
     server::{BodyError, Conn, Incoming, READ_BUFFER},
@@ -39,12 +40,13 @@ const FRAME: usize = 64;
 pub struct Budget {
     limit: usize,
     used: Cell<usize>,
+    refused: Cell<u64>,
 }
 
 impl Budget {
     /// An empty one.
     pub fn new(limit: usize) -> Rc<Self> {
-        Rc::new(Self { limit, used: Cell::new(0) })
+        Rc::new(Self { limit, used: Cell::new(0), refused: Cell::new(0) })
     }
 
     /// Bytes in use.
@@ -52,11 +54,18 @@ impl Budget {
         self.used.get()
     }
 
+    /// How often nothing was left, since this was asked last.
+    pub fn refused(&self) -> u64 {
+        self.refused.take()
+    }
+
     fn take(&self, n: usize) -> bool {
         let used = self.used.get() + n;
         let fits = used <= self.limit;
         if fits {
             self.used.set(used);
+        } else {
+            self.refused.set(self.refused.get() + 1);
         }
         fits
     }
@@ -91,6 +100,7 @@ struct Shared {
     /// Once for each attempt.
     pause: RefCell<Option<Pin<Box<Sleep>>>>,
     paused: Cell<bool>,
+    turn: Turn,
 }
 
 #[derive(Debug)]
@@ -139,6 +149,7 @@ impl Upload {
             received: Cell::new(0),
             pause: RefCell::default(),
             paused: Cell::new(false),
+            turn: Turn::default(),
         }))
     }
 
@@ -298,6 +309,7 @@ impl Shared {
             }
             self.paused.set(true);
         }
+        ready!(self.turn.poll_mine(cx));
         let polled = Pin::new(&mut state.source).poll_frame(cx);
         self.starved.set(polled.is_pending());
         self.conn.waits_for_body(polled.is_pending());
@@ -312,6 +324,7 @@ impl Shared {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     self.received.set(self.received.get() + data.len() as u64);
+                    self.turn.moved(data.len());
                     if state.keeping {
                         self.keep(state, data);
                     } else if !data.is_empty() {

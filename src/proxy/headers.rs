@@ -9,7 +9,7 @@
 
 use std::{
     cell::RefCell,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
 use bytes::{BufMut as _, BytesMut};
@@ -261,6 +261,45 @@ fn forwarded(head: &mut HeaderMap, host: Option<&HeaderValue>, peer: &Peer) {
             head.insert(CLIENT_CERT_SUBJECT, subject.clone());
         }
     }
+}
+
+/// The client of a request that a trusted proxy passes on: the last of those it tells of that is
+/// not a trusted proxy itself. `X-Forwarded-For` outranks `Forwarded`, which fewer proxies know and
+/// which those pass on as it came. `None`: nobody is told of.
+pub fn client(head: &HeaderMap, trusts: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
+    let last = |name: &HeaderName, node: fn(&str) -> Option<&str>| {
+        // What cannot be understood stands for somebody, and nobody knows who is behind it.
+        let mut told = head.get_all(name).iter().rev().flat_map(move |line| {
+            let line = line.to_str().unwrap_or_default();
+            line.rsplit(',').map(move |hop| address(node(hop)?))
+        });
+        told.find(|told| told.is_none_or(|ip| !trusts(ip))).flatten()
+    };
+    if head.contains_key(&FORWARDED_FOR) {
+        last(&FORWARDED_FOR, |hop| Some(hop))
+    } else {
+        last(&header::FORWARDED, |hop| {
+            hop.split(';').find_map(|pair| {
+                let (name, node) = pair.split_once('=')?;
+                name.trim().eq_ignore_ascii_case("for").then_some(node)
+            })
+        })
+    }
+}
+
+/// An address in the forms of `X-Forwarded-For` and of RFC 7239 section 6, with or without a port.
+fn address(node: &str) -> Option<IpAddr> {
+    let node = node.trim().trim_matches('"');
+    if let Some(rest) = node.strip_prefix('[') {
+        return rest.split_once(']')?.0.parse::<Ipv6Addr>().ok().map(IpAddr::V6);
+    }
+    let with_port = |node: &str| node.parse::<SocketAddr>().map(|address| address.ip());
+    node.parse().or_else(|_| with_port(node)).ok()
+}
+
+/// What an HTTP/2 head counts for (RFC 9113 section 6.5.2), its pseudo fields aside.
+pub fn h2_size(head: &HeaderMap) -> usize {
+    head.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
 }
 
 /// Adds to a list field, in one line: many apps read only the first line of `X-Forwarded-For`.
@@ -583,6 +622,62 @@ mod tests {
         assert_eq!(lines(&sent, "x-forwarded-port"), ["8080"]);
         for gone in ["fly-client-ip", "fly-replay-src", "fly-force-instance-id", "litegate-route"] {
             assert!(!sent.contains_key(gone), "{gone}");
+        }
+    }
+
+    #[test]
+    fn the_client_is_the_last_one_that_is_no_trusted_proxy() {
+        let trusted = |ip: IpAddr| ip.to_string().starts_with("10.");
+        for (what, fields, want) in [
+            ("nothing", &[][..], None),
+            ("one", &[("x-forwarded-for", "192.0.2.1")], Some("192.0.2.1")),
+            ("a lie before", &[("x-forwarded-for", "1.1.1.1, 192.0.2.1")], Some("192.0.2.1")),
+            (
+                "proxies behind",
+                &[("x-forwarded-for", "192.0.2.1,10.0.0.1 , 10.9.9.9")],
+                Some("192.0.2.1"),
+            ),
+            (
+                "in lines",
+                &[("x-forwarded-for", "1.1.1.1"), ("x-forwarded-for", "192.0.2.1, 10.0.0.1")],
+                Some("192.0.2.1"),
+            ),
+            (
+                "the last line is a proxy's",
+                &[("x-forwarded-for", "192.0.2.1"), ("x-forwarded-for", "10.0.0.1")],
+                Some("192.0.2.1"),
+            ),
+            ("with a port", &[("x-forwarded-for", "192.0.2.1:4711")], Some("192.0.2.1")),
+            ("IPv6", &[("x-forwarded-for", "2001:db8::1")], Some("2001:db8::1")),
+            ("IPv6 in brackets", &[("x-forwarded-for", "[2001:db8::1]:4711")], Some("2001:db8::1")),
+            ("proxies alone", &[("x-forwarded-for", "10.0.0.2, 10.0.0.1")], None),
+            ("nobody knows whom", &[("x-forwarded-for", "192.0.2.1, unknown")], None),
+            ("an empty hop", &[("x-forwarded-for", "192.0.2.1,")], None),
+            ("what is no text", &[("x-forwarded-for", "192.0.2.1, \u{e9}")], None),
+            (
+                "both",
+                &[("x-forwarded-for", "192.0.2.1"), ("forwarded", "for=1.1.1.1")],
+                Some("192.0.2.1"),
+            ),
+            (
+                "RFC 7239",
+                &[("forwarded", "for=1.1.1.1, proto=https;For=192.0.2.1;by=x")],
+                Some("192.0.2.1"),
+            ),
+            (
+                "RFC 7239 with a port",
+                &[("forwarded", "for=\"[2001:db8::1]:47\", for=10.0.0.1")],
+                Some("2001:db8::1"),
+            ),
+            ("RFC 7239, hidden", &[("forwarded", "for=192.0.2.1, for=_hidden")], None),
+            ("RFC 7239 without anybody", &[("forwarded", "for=192.0.2.1, proto=https")], None),
+        ] {
+            let mut head = HeaderMap::new();
+            for (name, value) in fields {
+                let value = HeaderValue::from_bytes(value.as_bytes()).unwrap();
+                head.append(HeaderName::from_static(name), value);
+            }
+            assert_eq!(client(&head, trusted), want.map(|ip| ip.parse().unwrap()), "{what}");
         }
     }
 

@@ -28,6 +28,7 @@ use self::{
 };
 pub use self::{
     causal::LastWrites,
+    clients::Clients,
     cluster::Shared,
     hold::{Hold, Pause, Write},
     relay::ResponseBody,
@@ -36,7 +37,7 @@ use crate::{
     config::{
         self, Config,
         cluster::{SendProxy, UpstreamProtocol},
-        limits::Underscores,
+        limits::{Limit, Underscores},
         listener::Listener,
     },
     decide::{
@@ -55,7 +56,9 @@ use crate::{
         proxy_protocol::{self, Ends, Introduction},
         tls::Offer,
     },
-    server::{self, ClientCertificate, Conn, Door, Handshake, Origin, ProxyProtocol, tls::Tls},
+    server::{
+        self, ClientCertificate, Conn, Door, Handshake, Origin, ProxyProtocol, Reached, tls::Tls,
+    },
     telemetry::{
         access_log::{Line, Sink, Tried},
         metrics::{
@@ -71,6 +74,7 @@ mod acknowledge;
 mod attempt;
 mod body;
 mod causal;
+mod clients;
 mod cluster;
 pub mod headers;
 mod hold;
@@ -79,6 +83,7 @@ mod refusal;
 mod relay;
 mod session;
 mod tokens;
+mod turn;
 mod upgrade;
 pub(crate) mod websocket;
 
@@ -89,6 +94,8 @@ pub struct Proxy {
     listeners: Vec<(Listener, Option<Arc<Tls>>)>,
     clusters: Vec<Cluster>,
     shard: Arc<Shard>,
+    /// What each client may; only where there are such limits.
+    clients: Option<Arc<Clients>>,
     log: Option<Rc<Sink>>,
     /// Of `limits.replay_bytes`, this worker's share.
     kept: Rc<Budget>,
@@ -104,7 +111,11 @@ pub struct Client {
     peer: Peer,
     origin: Origin,
     shard: Arc<Shard>,
+    _place: Place,
 }
+
+/// Among the connections of a client, if they are counted.
+pub type Place = Option<Box<clients::Place>>;
 
 impl Client {
     /// How a connection to a node says that it is this client's.
@@ -134,6 +145,8 @@ pub struct Parts {
     pub listeners: Vec<(Listener, Option<Arc<Tls>>)>,
     /// For each of its clusters.
     pub clusters: Vec<Shared>,
+    /// What each client may, for all workers.
+    pub clients: Arc<Clients>,
     /// This worker's cells.
     pub shard: Arc<Shard>,
     /// This worker's end of the access log.
@@ -145,7 +158,7 @@ pub struct Parts {
 impl Proxy {
     /// For one worker.
     pub fn new(parts: Parts) -> Self {
-        let Parts { config, listeners, clusters, shard, log, instance } = parts;
+        let Parts { config, listeners, clusters, clients, shard, log, instance } = parts;
         let workers = config.server.workers.get();
         let now = Instant::now();
         let is_only = config.clusters.len() == 1;
@@ -156,6 +169,7 @@ impl Proxy {
         });
         Self {
             clusters: clusters.collect(),
+            clients: Some(clients).filter(|clients| clients.is_on()),
             kept: Budget::new(config.limits.replay_bytes / workers),
             // The instance is a token by construction.
             via: HeaderValue::from_str(&format!("1.1 {instance}"))
@@ -174,6 +188,10 @@ impl Proxy {
         let now = Instant::now();
         self.clusters.iter().for_each(|cluster| cluster.prune(now));
         self.shard.replay_buffer.set(self.kept.used() as u64);
+        self.shard.reached(Limit::ReplayBytes, self.kept.refused());
+        if let Some(clients) = &self.clients {
+            self.shard.reached(Limit::ClientClients, clients.forgotten());
+        }
         if let Some(log) = &self.log {
             log.flush();
         }
@@ -199,22 +217,80 @@ impl Proxy {
         Door { proxy_protocol, tls: tls.clone(), http1, h2 }
     }
 
+    /// Whether a client may connect. Proxies and balancers may: their connections are many
+    /// clients'.
+    pub fn admit(&self, origin: &Origin) -> Option<Place> {
+        let Some(clients) = &self.clients else { return Some(None) };
+        let ip = origin.peer.ip();
+        let speaks_for_others =
+            |listener: &Listener| listener.trusts(ip) || listener.introduces(ip);
+        if self.listener(origin.listener).is_some_and(speaks_for_others) {
+            return Some(None);
+        }
+        match clients.connect(ip) {
+            Ok(place) => Some(place.map(Box::new)),
+            Err(limit) => {
+                self.shard.reached(limit, 1);
+                None
+            }
+        }
+    }
+
+    /// Whether whoever asks may ask for more. Behind a trusted proxy that is the client it tells of;
+    /// where it tells of none, it asks for itself, and nothing is counted.
+    fn ask(&self, walk: &Walk<'_>) -> Result<(), Problem> {
+        let Some(clients) = &self.clients else { return Ok(()) };
+        let origin = &walk.conn.origin;
+        let client = match self.listener(origin.listener).filter(|_| walk.client.peer.trusted) {
+            Some(listener) => headers::client(&walk.headers, |ip| listener.trusts(ip)),
+            None => Some(origin.peer.ip()),
+        };
+        let Some(client) = client else { return Ok(()) };
+        clients.ask(client).map_err(|limit| {
+            self.shard.reached(limit, 1);
+            Problem::TooManyRequests
+        })
+    }
+
+    fn listener(&self, number: usize) -> Option<&Listener> {
+        self.listeners.get(number).map(|(listener, _)| listener)
+    }
+
+    /// A limit was reached before there was a request.
+    pub fn reached(&self, limit: Reached) {
+        let (limit, times) = match limit {
+            Reached::Connections => (Limit::Connections, 1),
+            Reached::ListenerConnections => (Limit::ListenerConnections, 1),
+            Reached::Idle => (Limit::Idle, 1),
+            Reached::Requests => (Limit::RequestsPerConnection, 1),
+            Reached::Streams(times) => (Limit::Streams, times),
+            Reached::Handshakes => (Limit::TlsHandshakes, 1),
+        };
+        self.shard.reached(limit, times);
+    }
+
     /// A client connected.
-    pub fn client(&self, origin: Origin, certificate: Option<&ClientCertificate>) -> Client {
+    pub fn client(
+        &self,
+        origin: Origin,
+        certificate: Option<&ClientCertificate>,
+        place: Place,
+    ) -> Client {
         self.shard.connection_opened(origin.listener);
-        let trusted = self
-            .listeners
-            .get(origin.listener)
-            .is_some_and(|(listener, _)| listener.trusts(origin.peer.ip()));
+        let trusted =
+            self.listener(origin.listener).is_some_and(|here| here.trusts(origin.peer.ip()));
         let mut peer = Peer::new(origin.peer, origin.local, trusted);
         if origin.secure {
             peer = peer.below_tls(certificate);
         }
-        Client { peer, origin, shard: Arc::clone(&self.shard) }
+        Client { peer, origin, shard: Arc::clone(&self.shard), _place: place }
     }
 
     /// A TLS handshake ended.
     pub fn shook_hands(&self, listener: usize, how: Handshake) {
+        if how == Handshake::TimedOut {
+            self.shard.reached(Limit::TlsHandshake, 1);
+        }
         self.shard.shook_hands(
             listener,
             match how {
@@ -293,6 +369,9 @@ impl Proxy {
             Err(problem) => {
                 facts.status = problem.status();
                 facts.problem = Some(problem);
+                if problem == Problem::BodyTimeout {
+                    self.shard.reached(Limit::BodyIdle, 1);
+                }
                 let last = facts.tries.last().map(|tried| Arc::clone(&tried.node));
                 let detail = last.map(|node| format!("{} on {node}", problem.as_str()));
                 let account = Account::new(Rc::clone(conn), Arc::clone(&self.shard), log, facts);
@@ -302,7 +381,7 @@ impl Proxy {
                     html: relay::prefers_html(&walk.headers),
                     outcome: walk.outcome,
                     instance: &self.instance,
-                    close: conn.is_draining(),
+                    close: conn.must_close(),
                 };
                 let (mut response, body) = own.render();
                 for (name, value) in walk.fields {
@@ -319,6 +398,7 @@ impl Proxy {
         walk: &mut Walk<'p>,
         body: server::Incoming,
     ) -> Result<Answer, Problem> {
+        self.ask(walk)?;
         self.inspect(walk, !body.is_end_stream())?;
         let host = walk.host.as_ref().and_then(|host| host.to_str().ok());
         let head = Head {
@@ -630,6 +710,7 @@ impl Proxy {
     fn inspect(&self, walk: &mut Walk<'_>, has_body: bool) -> Result<(), Problem> {
         let target = walk.uri.path_and_query().map_or(0, |target| target.as_str().len());
         if target > self.config.limits.uri_bytes {
+            self.shard.reached(Limit::UriBytes, 1);
             return Err(Problem::UriTooLong);
         }
         if walk.version == Version::HTTP_2 {
@@ -715,8 +796,17 @@ impl Proxy {
 
     /// What HTTP/2 says otherwise than HTTP/1.1, in the words of the latter.
     fn inspect_h2(&self, walk: &mut Walk<'_>) -> Result<(), Problem> {
-        // RFC 9113 section 6.5.2: h2 bounds their size, and nobody their number.
-        if walk.headers.len() > self.config.limits.headers {
+        let limits = &self.config.limits;
+        // RFC 9113 section 6.5.2 bounds their size, and nobody their number.
+        let over = if walk.headers.len() > limits.headers {
+            Some(Limit::Headers)
+        } else if headers::h2_size(&walk.headers) > limits.header_bytes {
+            Some(Limit::HeaderBytes)
+        } else {
+            None
+        };
+        if let Some(limit) = over {
+            self.shard.reached(limit, 1);
             return Err(Problem::HeadTooLarge);
         }
         if !server::are_tokens(&walk.headers) {
@@ -1078,7 +1168,7 @@ impl Proxy {
                 parts.status = StatusCode::OK;
                 headers::switched_h2(&mut parts.headers);
             }
-        } else if walk.conn.is_draining() {
+        } else if walk.conn.must_close() {
             parts.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         parts.version = Version::HTTP_11;

@@ -12,6 +12,7 @@ use smallvec::SmallVec;
 
 use super::{Client, Proxy, relay::Own};
 use crate::{
+    config::limits::Limit,
     decide::Problem,
     server::{ClientFault, Refusal},
     telemetry::{
@@ -38,17 +39,33 @@ impl Proxy {
             ClientFault::HeadTooLarge => Problem::HeadTooLarge,
             ClientFault::UriTooLong => Problem::UriTooLong,
             ClientFault::HeadTimeout => Problem::HeadTimeout,
-            ClientFault::Flood => {
+            ClientFault::Flood | ClientFault::Resets => {
+                let of_frames = refusal.fault == ClientFault::Flood;
+                self.shard.reached(if of_frames { Limit::Frames } else { Limit::Resets }, 1);
                 self.shard.problem(Problem::Flood);
                 tracing::debug!(peer = %client.origin.peer, "closed a flood of frames");
                 return Bytes::new();
             }
             ClientFault::Stalled => {
                 // The request whose response it did not take has a line of its own.
+                self.shard.reached(Limit::BodyIdle, 1);
                 self.shard.problem(Problem::BodyTimeout);
                 return Bytes::new();
             }
         };
+        let limit = match problem {
+            Problem::UriTooLong => Some(Limit::UriBytes),
+            Problem::HeadTimeout => Some(Limit::HeaderRead),
+            // A line for each field, and one for the request.
+            Problem::HeadTooLarge if seen.lines > self.config.limits.headers + 1 => {
+                Some(Limit::Headers)
+            }
+            Problem::HeadTooLarge => Some(Limit::HeaderBytes),
+            _ => None,
+        };
+        if let Some(limit) = limit {
+            self.shard.reached(limit, 1);
+        }
         let own = Own {
             outcome: None,
             problem,
@@ -127,6 +144,8 @@ struct Seen<'a> {
     version: Option<Version>,
     /// The client accepts HTML by name.
     html: bool,
+    /// How many lines ended.
+    lines: usize,
 }
 
 impl<'a> Seen<'a> {
@@ -149,7 +168,8 @@ impl<'a> Seen<'a> {
             name.eq_ignore_ascii_case(b"accept:")
                 && value.windows(9).any(|part| part.eq_ignore_ascii_case(b"text/html"))
         });
-        Self { method, target, version, html }
+        let lines = head.split(|byte| *byte == b'\n').skip(1).count();
+        Self { method, target, version, html, lines }
     }
 
     /// The beginning of the target, if that is one.

@@ -2,7 +2,7 @@
 
 use std::{
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -12,7 +12,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use super::{account::Account, attempt::Connected};
+use super::{account::Account, attempt::Connected, turn::Turn};
 use crate::{
     decide::{Problem, outcome::WriteOutcome, strict},
     server::Abort,
@@ -47,6 +47,7 @@ struct NodeBody {
     progress: Instant,
     /// The client learns the end of the body from the end of the connection.
     ends_with_connection: bool,
+    turn: Turn,
 }
 
 impl ResponseBody {
@@ -69,7 +70,8 @@ impl ResponseBody {
             // The first byte too may never come.
             account.conn().set_deadline(Some(arrived + idle));
         }
-        let body = NodeBody { incoming, connected, idle, progress, ends_with_connection };
+        let turn = Turn::default();
+        let body = NodeBody { incoming, connected, idle, progress, ends_with_connection, turn };
         Self::new(Source::Node(body), account)
     }
 
@@ -135,6 +137,7 @@ impl NodeBody {
         cx: &mut Context<'_>,
         account: &Account,
     ) -> Poll<Option<Result<Frame<Bytes>, Abort>>> {
+        ready!(self.turn.poll_mine(cx));
         let mut polled = Pin::new(&mut self.incoming).poll_frame(cx);
         if polled.is_pending() {
             // Asking for a frame made hyper want one; now it may read.
@@ -151,7 +154,10 @@ impl NodeBody {
             strict::trailers(trailers);
         }
         let over = match &frame {
-            Some(Ok(_)) => self.incoming.is_end_stream(),
+            Some(Ok(frame)) => {
+                self.turn.moved(frame.data_ref().map_or(0, Bytes::len));
+                self.incoming.is_end_stream()
+            }
             Some(Err(_)) => return Poll::Ready(Some(Err(self.abort(account)))),
             None => true,
         };

@@ -10,11 +10,11 @@ use std::{
 
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
 };
 
-use super::{Limits, Origin, Service, conn, drain, listener};
+use super::{Limits, Origin, Reached, Service, conn, drain, listener};
 
 /// How long accepting rests when the process is out of descriptors or memory: trying again at
 /// once would spin.
@@ -33,19 +33,20 @@ pub async fn serve<S: Service + 'static>(
     accepting: Accepting,
     drain: drain::Watch,
 ) {
-    let no_more_come = accept_until_closed(&listener, index, &service, &accepting, &drain).await;
+    let here = accepting.listener(index);
+    let no_more_come =
+        accept_until_closed(&listener, index, &here, &service, &accepting, &drain).await;
     // Whoever the kernel has shaken hands with is a client that thinks it is connected. Asked
     // directly: the runtime's readiness may lag behind the kernel's queue.
     let Ok(listener) = listener.into_std() else { return };
     loop {
         match listener.accept() {
             Ok((stream, peer)) => {
-                let places = Arc::clone(&accepting.places);
                 // Over the limit they wait as before; where others keep coming, that has no end.
                 let place = if no_more_come {
-                    places.acquire_owned().await.ok()
+                    accepting.places.enter(&here).await
                 } else {
-                    places.try_acquire_owned().ok()
+                    accepting.places.try_enter(&here)
                 };
                 let Some(place) = place else { return };
                 if stream.set_nonblocking(true).is_ok()
@@ -64,6 +65,7 @@ pub async fn serve<S: Service + 'static>(
 async fn accept_until_closed<S: Service + 'static>(
     listener: &TcpListener,
     index: usize,
+    here: &Places,
     service: &Rc<S>,
     accepting: &Accepting,
     drain: &drain::Watch,
@@ -83,9 +85,9 @@ async fn accept_until_closed<S: Service + 'static>(
         let place = tokio::select! {
             biased;
             refuses = &mut closing => return refuses,
-            place = Arc::clone(&accepting.places).acquire_owned() => place,
+            place = accepting.place(here, &**service) => place,
         };
-        let Ok(place) = place else { return false };
+        let Some(place) = place else { return false };
         let accepted = tokio::select! {
             biased;
             accepted = listener.accept() => accepted,
@@ -102,20 +104,55 @@ async fn accept_until_closed<S: Service + 'static>(
     }
 }
 
-/// More places at once, or fewer as they become free.
-fn resize(places: &Arc<Semaphore>, before: usize, now: usize) {
-    if let Some(more) = now.checked_sub(before) {
-        places.add_permits(more);
-    } else {
-        let fewer = u32::try_from(before - now).unwrap_or(u32::MAX);
-        let places = Arc::clone(places);
-        tokio::task::spawn_local(async move {
-            if let Ok(places) = places.acquire_many_owned(fewer).await {
-                places.forget();
-            }
-        });
+/// So many at once, which may change.
+#[derive(Clone, Debug)]
+struct Places {
+    free: Arc<Semaphore>,
+    all: Rc<Cell<usize>>,
+}
+
+impl Places {
+    fn new(all: usize) -> Self {
+        Self { free: Arc::new(Semaphore::new(all)), all: Rc::new(Cell::new(all)) }
+    }
+
+    /// More places at once, or fewer as they become free.
+    fn resize(&self, now: usize) {
+        let before = self.all.replace(now);
+        if let Some(more) = now.checked_sub(before) {
+            self.free.add_permits(more);
+        } else {
+            let fewer = u32::try_from(before - now).unwrap_or(u32::MAX);
+            let free = Arc::clone(&self.free);
+            tokio::task::spawn_local(async move {
+                if let Ok(places) = free.acquire_many_owned(fewer).await {
+                    places.forget();
+                }
+            });
+        }
+    }
+
+    fn try_take(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.free).try_acquire_owned().ok()
+    }
+
+    async fn take(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.free).acquire_owned().await.ok()
+    }
+
+    /// A place among all, and one among those `here`.
+    async fn enter(&self, here: &Self) -> Option<Place> {
+        // The listener's first: who waits for that keeps nobody else waiting.
+        Some([here.take().await?, self.take().await?])
+    }
+
+    fn try_enter(&self, here: &Self) -> Option<Place> {
+        Some([here.try_take()?, self.try_take()?])
     }
 }
+
+/// Of a connection: its listener's and the worker's.
+type Place = [OwnedSemaphorePermit; 2];
 
 /// Whether the error belongs to the connection that was being accepted (accept(2): it was gone
 /// before we got to it), so that the next one may fare better.
@@ -133,17 +170,20 @@ fn is_about_one_connection(error: &io::Error) -> bool {
 #[derive(Clone, Debug)]
 pub struct Accepting {
     limits: Rc<Cell<Limits>>,
-    places: Arc<Semaphore>,
-    handshakes: Arc<Semaphore>,
+    places: Places,
+    /// By the number of the listener.
+    listeners: Rc<RefCell<Vec<Places>>>,
+    handshakes: Places,
     tasks: Rc<RefCell<JoinSet<()>>>,
 }
 
 impl Accepting {
-    /// For one worker.
-    pub fn new(limits: Limits) -> Self {
+    /// For one worker, whose listeners may have so many connections each.
+    pub fn new(limits: Limits, listeners: &[usize]) -> Self {
         Self {
-            places: Arc::new(Semaphore::new(limits.connections)),
-            handshakes: Arc::new(Semaphore::new(limits.handshakes)),
+            places: Places::new(limits.connections),
+            listeners: Rc::new(RefCell::new(listeners.iter().copied().map(Places::new).collect())),
+            handshakes: Places::new(limits.handshakes),
             limits: Rc::new(Cell::new(limits)),
             tasks: Rc::default(),
         }
@@ -151,10 +191,33 @@ impl Accepting {
 
     /// New limits, for requests that have not begun. Where fewer connections are allowed than there
     /// are, nobody is cut off: new ones wait until enough have gone.
-    pub fn set_limits(&self, limits: Limits) {
-        let before = self.limits.replace(limits);
-        resize(&self.places, before.connections, limits.connections);
-        resize(&self.handshakes, before.handshakes, limits.handshakes);
+    pub fn set_limits(&self, limits: Limits, listeners: &[usize]) {
+        self.limits.set(limits);
+        self.places.resize(limits.connections);
+        self.handshakes.resize(limits.handshakes);
+        let mut known = self.listeners.borrow_mut();
+        for (number, all) in listeners.iter().enumerate() {
+            match known.get(number) {
+                Some(places) => places.resize(*all),
+                None => known.push(Places::new(*all)),
+            }
+        }
+    }
+
+    fn listener(&self, number: usize) -> Places {
+        // One that nobody told of has the worker's limit only.
+        let known = self.listeners.borrow().get(number).cloned();
+        known.unwrap_or_else(|| Places::new(self.places.all.get()))
+    }
+
+    /// A place for whoever comes next. Tells that there is none, if so.
+    async fn place<S: Service>(&self, here: &Places, service: &S) -> Option<Place> {
+        if here.free.available_permits() == 0 {
+            service.reached(Reached::ListenerConnections);
+        } else if self.places.free.available_permits() == 0 {
+            service.reached(Reached::Connections);
+        }
+        self.places.enter(here).await
     }
 
     /// Waits until every connection has ended.
@@ -174,14 +237,14 @@ impl Accepting {
         listener: usize,
         service: &Rc<S>,
         drain: &drain::Watch,
-        place: tokio::sync::OwnedSemaphorePermit,
+        place: Place,
     ) {
         // Once for the connection, not for each request: it is a system call.
         let _ = stream.set_nodelay(true);
         let Ok(local) = stream.local_addr() else { return };
         let origin = Origin { listener, peer, local, secure: false };
         let (service, limits, drain) = (Rc::clone(service), Rc::clone(&self.limits), drain.clone());
-        let handshakes = Arc::clone(&self.handshakes);
+        let handshakes = Arc::clone(&self.handshakes.free);
         let mut tasks = self.tasks.borrow_mut();
         tasks.spawn_local(async move {
             conn::run(stream.into(), origin, service, limits, handshakes, drain).await;

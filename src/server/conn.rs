@@ -32,7 +32,7 @@ use tokio::{
 };
 
 use super::{
-    ClientFault, Limits, Origin, ProxyProtocol, Refusal, Service, drain,
+    ClientFault, Limits, Origin, ProxyProtocol, Reached, Refusal, Service, drain,
     greet::{Met, Protocol, meet},
     guard, h2,
     io::ClientIo,
@@ -95,6 +95,8 @@ pub struct Conn {
     is_h2: Cell<bool>,
     /// Why the rest of the connection is not read.
     ambiguous: Cell<Option<guard::Fault>>,
+    /// The connection carries no request after this one.
+    is_last: Cell<bool>,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -141,6 +143,7 @@ impl Conn {
             reset: Cell::new(false),
             is_h2: Cell::new(false),
             ambiguous: Cell::new(None),
+            is_last: Cell::new(false),
         }
     }
 
@@ -152,9 +155,10 @@ impl Conn {
         link
     }
 
-    /// Whether this worker is taking nothing new: the answer must close the connection.
-    pub fn is_draining(&self) -> bool {
-        self.drain.is_draining()
+    /// Whether the answer must close the connection: this worker is taking nothing new, or it was
+    /// the last request that the connection may carry.
+    pub fn must_close(&self) -> bool {
+        self.is_last.get() || self.drain.is_draining()
     }
 
     /// Waits until this worker takes nothing new.
@@ -451,7 +455,8 @@ pub(crate) async fn run<S: Service + 'static>(
     let door = service.door(&origin);
     let met = if door.proxy_protocol == ProxyProtocol::Off && door.tls.is_none() {
         let protocol = door.clear();
-        Met { stream, ahead: Bytes::new(), origin, certificate: None, protocol }
+        let Some(place) = service.admit(&origin) else { return };
+        Met { stream, place, ahead: Bytes::new(), origin, certificate: None, protocol }
     } else {
         // Nobody accepts anything else.
         let Stream::Plain(socket) = stream else { return };
@@ -462,14 +467,19 @@ pub(crate) async fn run<S: Service + 'static>(
         met
     };
     drop((door, handshakes));
-    let Met { mut stream, mut ahead, origin, certificate, mut protocol } = met;
-    let client = Rc::new(service.opened(origin, certificate));
+    let Met { mut stream, place, mut ahead, origin, certificate, mut protocol } = met;
+    let client = Rc::new(service.opened(origin, certificate, place));
+    let carried = Cell::new(0);
     let mut idle_since = Instant::now();
     // What came right behind a handshake is with TLS already, and not with the socket.
     let mut at_once = origin.secure;
     loop {
-        if !at_once && ahead.is_empty() && !parked(&stream, idle_since, &limits, &drain).await {
-            return;
+        if !at_once && ahead.is_empty() {
+            match parked(&stream, idle_since, &limits, &drain).await {
+                Parked::Readable => {}
+                Parked::Idle => return service.reached(Reached::Idle),
+                Parked::Over => return,
+            }
         }
         at_once = false;
         if protocol == Protocol::H2 {
@@ -479,7 +489,8 @@ pub(crate) async fn run<S: Service + 'static>(
         }
         // Boxed, so that a parked connection does not pay for the space of an active one.
         let sniff = protocol == Protocol::Either;
-        let active = active(stream, ahead, sniff, origin, &client, &service, &limits, &drain);
+        let active =
+            active(stream, ahead, sniff, origin, &client, &service, &limits, &drain, &carried);
         match Box::pin(active).await {
             Rest::Park(socket, spoke) => {
                 (stream, ahead) = (socket, Bytes::new());
@@ -517,13 +528,24 @@ impl Readable for Stream {
     }
 }
 
-/// Waits for the next request's first byte. Whether there is one.
+/// How the wait for a request ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Parked {
+    /// There is something to read.
+    Readable,
+    /// It took too long.
+    Idle,
+    /// The connection broke, or this worker is leaving.
+    Over,
+}
+
+/// Waits for the next request's first byte.
 pub(super) async fn parked(
     stream: &impl Readable,
     since: Instant,
     limits: &Cell<Limits>,
     drain: &drain::Watch,
-) -> bool {
+) -> Parked {
     // A client that is about to send gets a last chance: its answer will say `connection: close`.
     let drained = async {
         drain.started().await;
@@ -531,9 +553,12 @@ pub(super) async fn parked(
     };
     tokio::select! {
         biased;
-        readable = stream.readable() => readable.is_ok(),
-        () = sleep_until(since + limits.get().idle) => false,
-        () = drained => false,
+        readable = stream.readable() => match readable {
+            Ok(()) => Parked::Readable,
+            Err(_) => Parked::Over,
+        },
+        () = sleep_until(since + limits.get().idle) => Parked::Idle,
+        () = drained => Parked::Over,
     }
 }
 
@@ -547,6 +572,7 @@ async fn active<S: Service + 'static>(
     service: &Rc<S>,
     limits: &Cell<Limits>,
     drain: &drain::Watch,
+    carried: &Cell<usize>,
 ) -> Rest {
     let limits = limits.get();
     let conn = Rc::new(Conn::new(origin, drain.clone()));
@@ -555,6 +581,11 @@ async fn active<S: Service + 'static>(
         let (service, conn, client) = (Rc::clone(service), Rc::clone(&conn), Rc::clone(client));
         conn.request_arrived(!http_body::Body::is_end_stream(request.body()));
         let request = request.map(super::Incoming::from);
+        carried.set(carried.get() + 1);
+        if carried.get() == limits.requests {
+            conn.is_last.set(true);
+            service.reached(Reached::Requests);
+        }
         async move { Ok::<_, std::convert::Infallible>(service.call(&client, &conn, request).await) }
     });
     let mut builder = http1::Builder::new();
@@ -615,7 +646,12 @@ async fn active<S: Service + 'static>(
     match stop {
         Stop::Quiet if ahead.is_empty() => Rest::Park(stream, conn.received() > 0),
         Stop::Quiet => Rest::Again(stream, ahead),
-        Stop::Idle => Rest::Over,
+        Stop::Idle => {
+            if !drain.is_draining() {
+                service.reached(Reached::Idle);
+            }
+            Rest::Over
+        }
         Stop::Stalled => {
             refused(ClientFault::Stalled, &[], "");
             Rest::Over

@@ -10,9 +10,9 @@ use tokio::{
 };
 
 use super::{
-    ClientCertificate, ClientFault, Door, Handshake, Limits, Origin, ProxyProtocol, Refusal,
-    Service,
-    conn::{linger, parked},
+    ClientCertificate, ClientFault, Door, Handshake, Limits, Origin, ProxyProtocol, Reached,
+    Refusal, Service,
+    conn::{Parked, linger, parked},
     drain,
     tls::{Greeting, Tls},
 };
@@ -22,8 +22,9 @@ use crate::net::{
 };
 
 /// A connection that HTTP can begin on.
-pub(super) struct Met {
+pub(super) struct Met<P> {
     pub(super) stream: Stream,
+    pub(super) place: P,
     /// Read already.
     pub(super) ahead: Bytes,
     pub(super) origin: Origin,
@@ -52,14 +53,14 @@ pub(super) async fn meet<S: Service>(
     limits: &Cell<Limits>,
     handshakes: &Semaphore,
     drain: &drain::Watch,
-) -> Option<Met> {
+) -> Option<Met<S::Place>> {
     let mut ahead = Bytes::new();
     if door.proxy_protocol != ProxyProtocol::Off {
-        match introduced(&mut socket, &mut origin, door, limits, drain).await {
+        match introduced(&mut socket, &mut origin, door, service, limits, drain).await {
             Introduced::As(bytes) => ahead = bytes,
             Introduced::Gone => return None,
             Introduced::Wrong(detail) => {
-                let client = service.opened(origin, None);
+                let client = service.opened(origin, None, service.admit(&origin)?);
                 let fault = ClientFault::Malformed;
                 let refusal = Refusal { fault, head: &[], detail: &detail, took: Duration::ZERO };
                 let answer = service.refused(&client, &refusal);
@@ -71,13 +72,17 @@ pub(super) async fn meet<S: Service>(
             }
         }
     }
+    let place = service.admit(&origin)?;
     let Some(tls) = &door.tls else {
         let (stream, protocol) = (Stream::Plain(socket), door.clear());
-        return Some(Met { stream, ahead, origin, certificate: None, protocol });
+        return Some(Met { stream, place, ahead, origin, certificate: None, protocol });
     };
     // What is neither the PROXY protocol nor left with the socket is no TLS either.
-    if !ahead.is_empty() || !parked(&socket, Instant::now(), limits, drain).await {
+    if !ahead.is_empty() || !begins(&socket, service, limits, drain).await {
         return None;
+    }
+    if handshakes.available_permits() == 0 {
+        service.reached(Reached::Handshakes);
     }
     let (how, greeting) = shaken(tls, socket, limits.get().handshake, handshakes).await;
     service.shook_hands(origin.listener, how);
@@ -89,7 +94,21 @@ pub(super) async fn meet<S: Service>(
         // RFC 9113 section 3.2: HTTP/2 below TLS is agreed on.
         false => return None,
     };
-    Some(Met { stream, ahead, origin, certificate, protocol })
+    Some(Met { stream, place, ahead, origin, certificate, protocol })
+}
+
+/// Waits for the first byte. Whether it came.
+async fn begins<S: Service>(
+    socket: &TcpStream,
+    service: &S,
+    limits: &Cell<Limits>,
+    drain: &drain::Watch,
+) -> bool {
+    let parked = parked(socket, Instant::now(), limits, drain).await;
+    if parked == Parked::Idle {
+        service.reached(Reached::Idle);
+    }
+    parked == Parked::Readable
 }
 
 impl Door {
@@ -135,14 +154,15 @@ enum Introduced {
 }
 
 /// Waits for the PROXY protocol's header, and believes it.
-async fn introduced(
+async fn introduced<S: Service>(
     socket: &mut TcpStream,
     origin: &mut Origin,
     door: &Door,
+    service: &S,
     limits: &Cell<Limits>,
     drain: &drain::Watch,
 ) -> Introduced {
-    if !parked(&*socket, Instant::now(), limits, drain).await {
+    if !begins(&*socket, service, limits, drain).await {
         return Introduced::Gone;
     }
     match timeout(limits.get().header_read, proxy_protocol::read(socket)).await {

@@ -25,10 +25,10 @@ use tokio::{
 };
 
 use super::{
-    Abort, ClientFault, Incoming, Limits, Origin, Refusal, Service,
+    Abort, ClientFault, Incoming, Limits, Origin, Reached, Refusal, Service,
     conn::{Conn, Look, TICK, linger},
     drain,
-    frames::Frames,
+    frames::{Calm, Flood, Frames},
     io::ClientIo,
     streams::{Streams, answered, pipe, send_head},
 };
@@ -47,6 +47,8 @@ const SEND_BUFFER: usize = 64 << 10;
 struct Shared {
     /// Streams under way.
     open: Cell<usize>,
+    /// There were as many as may be, in this second.
+    full: Cell<bool>,
     /// When the last one ended.
     idle_since: Cell<Instant>,
     /// Aborted with the connection.
@@ -68,6 +70,9 @@ struct Open(Rc<Shared>);
 impl Open {
     fn new(shared: &Rc<Shared>) -> Self {
         shared.open.set(shared.open.get() + 1);
+        if shared.open.get() >= shared.limits.streams {
+            shared.full.set(true);
+        }
         Self(Rc::clone(shared))
     }
 }
@@ -118,6 +123,26 @@ async fn watched(task: impl Future<Output = ()>, conn: Rc<Conn>, open: Open) {
 struct StreamBody<B> {
     inner: B,
     conn: Rc<Conn>,
+    unanswered: Unanswered,
+}
+
+/// A request whose answer is not whole. Dropped while that is so, it was given up: its client took
+/// it back, or broke the rules of its stream.
+struct Unanswered(Option<Rc<Frames>>);
+
+impl Unanswered {
+    /// There is no more to come, or it is not the client's fault.
+    fn settle(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        if let Some(frames) = &self.0 {
+            frames.gave_up();
+        }
+    }
 }
 
 impl<B: Body<Data = Bytes, Error = Abort>> Body for StreamBody<B>
@@ -141,6 +166,14 @@ where
         {
             self.conn.hand_over(data.len());
         }
+        let is_last = match &polled {
+            Poll::Ready(Some(Ok(frame))) => frame.is_trailers() || self.inner.is_end_stream(),
+            Poll::Ready(_) => true,
+            Poll::Pending => false,
+        };
+        if is_last {
+            self.unanswered.settle();
+        }
         polled
     }
 
@@ -156,7 +189,7 @@ where
 /// Why a connection stopped.
 enum Stop {
     Ended(Result<(), h2::Error>),
-    Flood,
+    Flood(Flood),
     Stalled,
     Gone,
 }
@@ -173,20 +206,24 @@ pub(super) async fn serve<S: Service + 'static>(
 ) {
     let began = Instant::now();
     let link = Rc::new(Conn::link(origin, drain.clone()));
-    let frames = Rc::new(Frames::new(limits.resets));
+    let frames = Rc::new(Frames::new(limits.resets, limits.frames));
     let io = ClientIo::new(stream, ahead, Rc::clone(&link)).counting(Rc::clone(&frames));
     let shared = Rc::new(Shared {
         open: Cell::new(0),
+        full: Cell::new(false),
         idle_since: Cell::new(began),
         tasks: RefCell::default(),
         limits,
     });
+    let called = Cell::new(0);
     let answer = |request: http::Request<RecvStream>, mut reply: SendResponse<Bytes>| {
+        called.set(called.get() + 1);
         let conn = Rc::new(Conn::new(origin, drain.clone()));
         conn.request_arrived(!request.body().is_end_stream());
         let (service, client) = (Rc::clone(service), Rc::clone(client));
         let (open, owner) = (Open::new(&shared), Rc::clone(&shared));
         let stream = Rc::clone(&conn);
+        let mut unanswered = Unanswered(Some(Rc::clone(&frames)));
         let task = async move {
             let (parts, body) = request.into_parts();
             // What a CONNECT brings after its head is the tunnel's.
@@ -203,6 +240,7 @@ pub(super) async fn serve<S: Service + 'static>(
             if let (Some(from_client), Some(takeover)) = (tunnel, conn.take_takeover()) {
                 let Some(to_client) = send_head(&mut reply, head, None, false) else { return };
                 drop(body);
+                unanswered.settle();
                 let stream = Stream::Tunnel(Box::new(Tunnel::new(to_client, from_client)));
                 // A tunnel has limits of its own.
                 let open = Open::new(&owner);
@@ -214,10 +252,13 @@ pub(super) async fn serve<S: Service + 'static>(
             }
             let ends = body.is_end_stream();
             let length = body.size_hint().exact().filter(|_| !ends);
+            if ends {
+                unanswered.settle();
+            }
             if let Some(to_client) = send_head(&mut reply, head, length, ends)
                 && !ends
             {
-                pipe(StreamBody { inner: body, conn }, to_client).await;
+                pipe(StreamBody { inner: body, conn, unanswered }, to_client).await;
             }
         };
         shared.spawn(watched(task, stream, open));
@@ -227,7 +268,8 @@ pub(super) async fn serve<S: Service + 'static>(
     let mut http = Box::new(Streams::new(
         h2::server::Builder::new()
             .max_concurrent_streams(number(limits.streams))
-            .max_header_list_size(number(limits.header_bytes))
+            // Up to twice the limit the service answers, which counts and logs it; over that, h2.
+            .max_header_list_size(number(limits.header_bytes.saturating_mul(2)))
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(connection_window(limits.streams))
             .max_send_buffer_size(SEND_BUFFER)
@@ -238,15 +280,38 @@ pub(super) async fn serve<S: Service + 'static>(
     let mut drained = pin!(drain.started());
     // Since when the client has been told to go.
     let mut going = None;
+    let refused = |fault, detail: &str| {
+        let took = began.elapsed();
+        // The answer is HTTP/1.1's: here it is only counted and logged.
+        let _ = service.refused(client, &Refusal { fault, head: &[], detail, took });
+    };
+    // Requests that did not get as far as the service, told already: h2 answers by itself what comes
+    // while as many streams are open as may be, and a head that is malformed, or far over the limit.
+    let unseen = Cell::new(0);
+    let tell_unseen = || {
+        let was_full = shared.full.replace(shared.open.get() >= limits.streams);
+        let missing = frames.begun().saturating_sub(called.get());
+        let more = missing.saturating_sub(unseen.get());
+        if more > 0 && was_full {
+            service.reached(Reached::Streams(more));
+        } else if more > 0 {
+            refused(ClientFault::Malformed, "a head that HTTP/2 does not allow");
+        }
+        unseen.set(unseen.get() + more);
+    };
     let stop = poll_fn(|cx| {
         loop {
             if let Poll::Ready(result) = http.poll(cx, &answer) {
                 return Poll::Ready(Stop::Ended(result));
             }
-            if frames.is_flood(link.sent()) {
-                return Poll::Ready(Stop::Flood);
+            if let Some(flood) = frames.flood(link.sent()) {
+                return Poll::Ready(Stop::Flood(flood));
             }
-            if going.is_none() && drained.as_mut().poll(cx).is_ready() {
+            let is_full = limits.requests > 0 && called.get() >= limits.requests as u64;
+            if going.is_none() && is_full {
+                service.reached(Reached::Requests);
+            }
+            if going.is_none() && (is_full || drained.as_mut().poll(cx).is_ready()) {
                 going = Some(Instant::now());
                 http.graceful_shutdown();
                 continue;
@@ -257,6 +322,7 @@ pub(super) async fn serve<S: Service + 'static>(
             let now = Instant::now();
             timer.as_mut().reset(now + TICK);
             frames.tick(link.sent());
+            tell_unseen();
             if link.is_stalled(now, &limits) {
                 return Poll::Ready(Stop::Stalled);
             }
@@ -272,6 +338,7 @@ pub(super) async fn serve<S: Service + 'static>(
                     return Poll::Ready(Stop::Gone);
                 }
                 None if idle >= limits.idle => {
+                    service.reached(Reached::Idle);
                     going = Some(now);
                     http.graceful_shutdown();
                 }
@@ -280,16 +347,16 @@ pub(super) async fn serve<S: Service + 'static>(
         }
     })
     .await;
-    let refused = |fault, detail: &str| {
-        let took = began.elapsed();
-        // The answer is HTTP/1.1's: here it is only counted and logged.
-        let _ = service.refused(client, &Refusal { fault, head: &[], detail, took });
-    };
+    if !matches!(stop, Stop::Flood(_) | Stop::Ended(Err(_))) {
+        tell_unseen();
+    }
     match stop {
-        Stop::Flood => refused(ClientFault::Flood, ""),
+        Stop::Flood(Flood::Frames) => refused(ClientFault::Flood, ""),
+        Stop::Flood(Flood::Resets) => refused(ClientFault::Resets, ""),
         Stop::Stalled => refused(ClientFault::Stalled, ""),
         Stop::Ended(Err(ref error)) => {
-            if let Some(fault) = fault(error) {
+            let unseen = frames.begun().saturating_sub(called.get());
+            if let Some(fault) = fault(error, &frames, unseen) {
                 refused(fault, &error.to_string());
             }
         }
@@ -355,13 +422,17 @@ fn connection_window(streams: usize) -> u32 {
 }
 
 /// What the client did wrong, where we ended the connection for it.
-fn fault(error: &h2::Error) -> Option<ClientFault> {
+fn fault(error: &h2::Error, frames: &Frames, unseen: u64) -> Option<ClientFault> {
     if !error.is_library() {
         return None;
     }
     match error.reason()? {
         h2::Reason::NO_ERROR => None,
-        h2::Reason::ENHANCE_YOUR_CALM => Some(ClientFault::Flood),
+        h2::Reason::ENHANCE_YOUR_CALM => Some(match frames.why_calm(unseen) {
+            Calm::Head => ClientFault::HeadTooLarge,
+            Calm::Flood(Flood::Resets) => ClientFault::Resets,
+            Calm::Flood(Flood::Frames) => ClientFault::Flood,
+        }),
         _ => Some(ClientFault::Malformed),
     }
 }

@@ -38,16 +38,30 @@ pub trait Service {
     type Body: http_body::Body<Data = Bytes, Error = Abort> + Unpin + 'static;
     /// What the service knows of a client for as long as it is connected.
     type Client: 'static;
+    /// A client's place among those connected.
+    type Place: 'static;
 
     /// What is expected of whoever connects there.
     fn door(&self, origin: &Origin) -> Door;
 
+    /// Whether this client may connect: asked as soon as its address is known, before TLS. Without
+    /// a place the connection is closed.
+    fn admit(&self, origin: &Origin) -> Option<Self::Place>;
+
     /// A client connected, perhaps with a certificate. What this returns is dropped when the client
     /// is gone.
-    fn opened(&self, origin: Origin, certificate: Option<ClientCertificate>) -> Self::Client;
+    fn opened(
+        &self,
+        origin: Origin,
+        certificate: Option<ClientCertificate>,
+        place: Self::Place,
+    ) -> Self::Client;
 
     /// A handshake at that listener ended.
     fn shook_hands(&self, listener: usize, how: Handshake);
+
+    /// A limit was reached. For counters.
+    fn reached(&self, limit: Reached);
 
     /// Answers one request. Dropped when the client goes away.
     fn call(
@@ -113,8 +127,27 @@ pub enum ClientFault {
     HeadTimeout,
     /// A response was not taken for too long: closed.
     Stalled,
-    /// Frames that ask for nothing, or requests taken back, beyond all measure: closed.
+    /// Frames that ask for nothing, beyond all measure: closed.
     Flood,
+    /// Requests taken back, beyond all measure: closed.
+    Resets,
+}
+
+/// A limit that is nobody's fault, or answered without a service.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Reached {
+    /// A worker has as many connections as it may.
+    Connections,
+    /// One of its listeners has.
+    ListenerConnections,
+    /// A connection was without a request for too long.
+    Idle,
+    /// A connection carried as many requests as it may.
+    Requests,
+    /// So many streams were refused.
+    Streams(u64),
+    /// A handshake has to wait.
+    Handshakes,
 }
 
 /// What a client may take its time for, and how much it may send.
@@ -140,6 +173,10 @@ pub struct Limits {
     pub streams: usize,
     /// HTTP/2 requests that a client may take back on one connection, in a second.
     pub resets: usize,
+    /// HTTP/2 frames that ask for nothing, likewise.
+    pub frames: usize,
+    /// Requests on one connection. Zero: any number.
+    pub requests: usize,
 }
 
 /// Where a connection came in, and from whom.

@@ -23,10 +23,10 @@ use crate::{
     config::{self, Config},
     discovery::{self, Discovery, Observer},
     net::Stream,
-    proxy::{Client, Hold, Parts, Proxy, ResponseBody, Shared},
+    proxy::{Client, Clients, Hold, Parts, Place, Proxy, ResponseBody, Shared},
     server::{
         self, ClientCertificate, Conn, Door, Handshake, Incoming, Limits, Origin, ProxyProtocol,
-        Refusal,
+        Reached, Refusal,
     },
     telemetry::metrics::Metrics,
     topology::{Change, Member, Saw, Source, Topology, watch},
@@ -160,6 +160,7 @@ impl Litegate {
             log: None,
             listeners: config.listeners.iter().map(|one| (one.clone(), None)).collect(),
             clusters: vec![shared],
+            clients: Arc::new(Clients::new(&config.limits.client, None)),
             instance: format!("litegate-{instance}").into(),
             config: Arc::clone(&config),
         };
@@ -216,7 +217,7 @@ impl Litegate {
 }
 
 fn limits(config: &Config) -> Limits {
-    let limits = config.limits;
+    let limits = &config.limits;
     Limits {
         header_bytes: limits.header_bytes,
         headers: limits.headers,
@@ -226,6 +227,8 @@ fn limits(config: &Config) -> Limits {
         connections: limits.connections,
         streams: limits.streams,
         resets: limits.resets,
+        frames: limits.frames,
+        requests: limits.requests_per_connection,
         handshake: limits.tls_handshake,
         handshakes: limits.tls_handshakes,
     }
@@ -311,17 +314,31 @@ struct Gate(Proxy);
 impl server::Service for Gate {
     type Body = ResponseBody;
     type Client = Client;
+    type Place = Place;
 
     fn door(&self, _origin: &Origin) -> Door {
         Door { proxy_protocol: ProxyProtocol::Off, tls: None, http1: true, h2: false }
     }
 
-    fn opened(&self, origin: Origin, certificate: Option<ClientCertificate>) -> Client {
-        self.0.client(origin, certificate.as_ref())
+    fn admit(&self, origin: &Origin) -> Option<Place> {
+        self.0.admit(origin)
+    }
+
+    fn opened(
+        &self,
+        origin: Origin,
+        certificate: Option<ClientCertificate>,
+        place: Place,
+    ) -> Client {
+        self.0.client(origin, certificate.as_ref(), place)
     }
 
     fn shook_hands(&self, listener: usize, how: Handshake) {
         self.0.shook_hands(listener, how);
+    }
+
+    fn reached(&self, limit: Reached) {
+        self.0.reached(limit);
     }
 
     async fn call(

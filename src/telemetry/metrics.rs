@@ -18,6 +18,7 @@ use std::{
 use http::{Method, StatusCode};
 
 use crate::{
+    config::limits::Limit,
     decide::{
         Class, FailureKind, Problem,
         token::{TokenRead, Void},
@@ -109,6 +110,8 @@ families! {
         "Upgraded connections that litegate closed: their node was `demoted`, or litegate was `draining`.";
     PROBLEMS = counter "litegate_problems_total" ["problem"]
         "Answers that litegate made itself, by the words of problems.md.";
+    LIMITS = counter "litegate_limits_reached_total" ["limit"]
+        "Times that a limit was reached, by its key in limits.md, which says what happens then.";
     ATTEMPTS = counter "litegate_upstream_requests_total" ["cluster", "node", "code"]
         "Attempts that a node answered, by class of status.";
     FAILURES = counter "litegate_upstream_failures_total" ["cluster", "node", "reason"]
@@ -420,6 +423,8 @@ pub struct Shard {
     clusters: Vec<(Arc<str>, ClusterCells)>,
     nodes: Mutex<Vec<Arc<NodeCells>>>,
     problems: Box<[Cell]>,
+    /// By [`Limit::index`].
+    limits: Box<[Cell]>,
     /// Bytes in replay buffers.
     pub replay_buffer: Cell,
     /// Request fields dropped for the underscore in their names.
@@ -638,6 +643,13 @@ impl Shard {
     pub fn problem(&self, problem: Problem) {
         if let Some(cell) = self.problems.get(problem.index()) {
             cell.add(1);
+        }
+    }
+
+    /// A limit was reached so many times.
+    pub fn reached(&self, limit: Limit, times: u64) {
+        if let Some(cell) = self.limits.get(limit.index()) {
+            cell.add(times);
         }
     }
 
@@ -861,6 +873,7 @@ impl Metrics {
             clusters: clusters.map(|name| (Arc::clone(name), ClusterCells::new())).collect(),
             nodes: Mutex::default(),
             problems: Problem::ALL.iter().map(|_| Cell::default()).collect(),
+            limits: Limit::ALL.iter().map(|_| Cell::default()).collect(),
             replay_buffer: Cell::default(),
             underscores_dropped: Cell::default(),
             tunnels: Cell::default(),
@@ -982,6 +995,11 @@ impl Metrics {
         for problem in Problem::ALL {
             let n = sum(shards, |s| s.problems.get(problem.index()).map_or(0, Cell::get));
             page.line(PROBLEMS, &[problem.as_str()], n);
+        }
+        page.family(LIMITS);
+        for limit in Limit::ALL {
+            let n = sum(shards, |s| s.limits.get(limit.index()).map_or(0, Cell::get));
+            page.line(LIMITS, &[limit.as_str()], n);
         }
         page.one(REPLAY_BUFFER, sum(shards, |s| s.replay_buffer.get()));
         page.one(UNDERSCORES, sum(shards, |s| s.underscores_dropped.get()));

@@ -31,14 +31,14 @@ use crate::{
 const LITEFS: &str = r#"primary = { type = "litefs", poll = "100ms" }"#;
 const SOON: Duration = Duration::from_secs(10);
 
-type Sent = BoxBody<Bytes, std::convert::Infallible>;
-type Sender = http2::SendRequest<Sent>;
+pub(crate) type Sent = BoxBody<Bytes, std::convert::Infallible>;
+pub(crate) type Sender = http2::SendRequest<Sent>;
 
 fn body(bytes: impl Into<Bytes>) -> Sent {
     BoxBody::new(Full::new(bytes.into()))
 }
 
-async fn over(io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Sender {
+pub(crate) async fn over(io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Sender {
     let (sender, driver) = http2::Builder::new(TokioExecutor::new())
         .initial_stream_window_size(64 << 10)
         .handshake(TokioIo::new(io))
@@ -48,11 +48,11 @@ async fn over(io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Sende
     sender
 }
 
-async fn clear(gate: &Gate) -> Sender {
+pub(crate) async fn clear(gate: &Gate) -> Sender {
     over(TcpStream::connect(gate.address()).await.expect("it listens")).await
 }
 
-fn get(target: &str) -> Request<Sent> {
+pub(crate) fn get(target: &str) -> Request<Sent> {
     ask("GET", target, "")
 }
 
@@ -61,13 +61,13 @@ fn ask(method: &str, target: &str, sent: impl Into<Bytes>) -> Request<Sent> {
     Request::builder().method(method).uri(uri).body(body(sent)).expect("a request")
 }
 
-async fn send(sender: &mut Sender, request: Request<Sent>) -> Response<Incoming> {
+pub(crate) async fn send(sender: &mut Sender, request: Request<Sent>) -> Response<Incoming> {
     timeout(SOON, sender.ready()).await.expect("in time").expect("it goes on");
     let sent = timeout(SOON, sender.send_request(request)).await.expect("in time");
     sent.expect("an answer")
 }
 
-async fn whole(response: Response<Incoming>) -> (StatusCode, Bytes) {
+pub(crate) async fn whole(response: Response<Incoming>) -> (StatusCode, Bytes) {
     let status = response.status();
     let body = timeout(SOON, response.into_body().collect()).await.expect("in time");
     (status, body.expect("whole").to_bytes())
@@ -86,7 +86,7 @@ fn seen(echo: &Value, name: &str) -> Vec<String> {
 }
 
 /// Waits until a metric is so.
-async fn until(gate: &Gate, family: &str, label: &str, so: impl Fn(u64) -> bool) {
+pub(crate) async fn until(gate: &Gate, family: &str, label: &str, so: impl Fn(u64) -> bool) {
     let deadline = Instant::now() + SOON;
     while !so(gate.metric(family, label).await) {
         assert!(Instant::now() < deadline, "{family} {label}: {}", gate.metrics().await);
@@ -418,53 +418,6 @@ async fn an_idle_or_silent_connection_is_closed() {
     let _ = timeout(SOON, silent.read_to_end(&mut rest)).await.expect("it is closed");
     until(&gate, "litegate_downstream_connections", "", |n| n == 0).await;
     assert!(sender.is_closed());
-}
-
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).expect("it is short").to_be_bytes();
-    let head = [length[1], length[2], length[3], kind, flags];
-    [&head[..], &stream.to_be_bytes(), payload].concat()
-}
-
-#[tokio::test]
-async fn floods_end_the_connection_and_nobody_elses() {
-    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-    // `:method: GET`, `:scheme: http`, `:path: /`, `:authority: a`.
-    const HEAD: &[u8] = &[0x82, 0x86, 0x84, 0x41, 1, b'a'];
-    let gate = Gate::start().await;
-    let mut beside = clear(&gate).await;
-    let taken_back = |n: u32| {
-        let id = 1 + 2 * n;
-        [frame(1, 5, id, HEAD), frame(3, 0, id, &[0, 0, 0, 8])].concat()
-    };
-    let mut endless = frame(1, 1, 1, HEAD);
-    for _ in 0..20_000 {
-        endless.extend(frame(9, 0, 1, &[0x40, 1, b'x', 1, b'y']));
-    }
-    for (what, flood) in [
-        ("pings", frame(6, 0, 0, &[0; 8]).repeat(5000)),
-        ("settings", frame(4, 0, 0, &[]).repeat(5000)),
-        ("priorities", frame(2, 0, 1, &[0, 0, 0, 3, 1]).repeat(5000)),
-        ("window updates", frame(8, 0, 0, &[0, 0, 0, 1]).repeat(5000)),
-        // CVE-2023-44487
-        ("requests taken back", (0..1000).flat_map(taken_back).collect()),
-        // CVE-2024-27316 and its like
-        ("continuations", endless),
-    ] {
-        let socket = TcpStream::connect(gate.address()).await.expect("it listens");
-        let (mut read, mut write) = socket.into_split();
-        let answers = tokio::spawn(async move {
-            let mut rest = Vec::new();
-            let _ = read.read_to_end(&mut rest).await;
-        });
-        let opening = [PREFACE, &frame(4, 0, 0, &[])].concat();
-        write.write_all(&opening).await.expect("litegate reads");
-        let _ = write.write_all(&flood).await;
-        timeout(SOON, answers).await.unwrap_or_else(|_| panic!("{what}: goes on")).expect("read");
-        assert_eq!(whole(send(&mut beside, get("/whoami")).await).await.0, 200, "{what}");
-    }
-    assert!(gate.metric("litegate_problems_total", "\"flood\"").await >= 5);
-    until(&gate, "litegate_http_requests_in_flight", "", |n| n == 0).await;
 }
 
 /// A client of h2's own, which sees interim answers.

@@ -82,6 +82,31 @@ pub(crate) const PROTOCOLS: &[Contender] = &[
     },
 ];
 
+/// Those with a port for HTTP/2 by prior knowledge, `@h2_port@`, which is flooded.
+pub(crate) const FLOODED: &[Contender] = &[
+    Contender {
+        name: "litegate",
+        file: "floods/litegate.toml",
+        template: include_str!("../proxies/floods/litegate.toml"),
+        version: &["--version"],
+        run: &["run", "--config"],
+    },
+    Contender {
+        name: "nginx",
+        file: "floods/nginx.conf",
+        template: include_str!("../proxies/floods/nginx.conf"),
+        version: &["-v"],
+        run: &["-c"],
+    },
+    Contender {
+        name: "haproxy",
+        file: "floods/haproxy.cfg",
+        template: include_str!("../proxies/floods/haproxy.cfg"),
+        version: &["-v"],
+        run: &["-db", "-f"],
+    },
+];
+
 /// litegate with the given `consistency.mode`, before three nodes.
 pub(crate) const fn consistency(mode: &'static str) -> Contender {
     Contender {

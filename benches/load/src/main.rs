@@ -7,6 +7,7 @@
 
 mod consistency;
 mod contender;
+mod floods;
 mod generator;
 mod machine;
 mod message;
@@ -40,6 +41,7 @@ const RESULTS: &str = "benches/load/RESULTS.md";
 const CONSISTENCY: &str = "benches/load/RESULTS-consistency.md";
 const PROTOCOLS: &str = "benches/load/RESULTS-protocols.md";
 const MEMORY: &str = "benches/load/RESULTS-memory.md";
+const FLOODS: &str = "benches/load/RESULTS-floods.md";
 /// The fewest rounds of which a median is worth committing.
 const ROUNDS: usize = 5;
 const IDLE_CONNECTIONS: usize = 3_000;
@@ -66,6 +68,8 @@ enum Part {
     Protocols,
     /// Idle and slow clients beside nginx and HAProxy
     Memory,
+    /// What a well-behaved client notices of floods
+    Floods,
 }
 
 /// Measures litegate beside nginx and HAProxy under the same load.
@@ -126,6 +130,7 @@ fn run(options: &Options) -> Result<u64, Failure> {
         Part::Proxies => proxies(options),
         Part::Consistency => consistency(options),
         Part::Protocols | Part::Memory => protocols(options),
+        Part::Floods => floods(options),
     }
 }
 
@@ -219,6 +224,24 @@ fn consistency(options: &Options) -> Result<u64, Failure> {
     let is_whole = options.rounds >= ROUNDS && options.seconds >= 1.0;
     publish(&page, CONSISTENCY, is_whole && wrong == 0)?;
     Ok(wrong)
+}
+
+/// What a well-behaved client notices of floods. Returns the number of errors.
+fn floods(options: &Options) -> Result<u64, Failure> {
+    if !options.workload.is_empty() {
+        return Err("`--part floods` has a workload of its own".into());
+    }
+    let programs = programs(contender::FLOODED, options)?;
+    let cores = Cores::find()?;
+    let mut header = header(" -- --part floods --rounds 3 --seconds 0.5", &programs)?;
+    header.extend([paced(options), placed(cores)]);
+    machine::pin(cores.load)?;
+    machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
+    let span = Duration::try_from_secs_f64(options.seconds)?;
+    let page = floods::run(&programs, cores, options.rounds, span, &header)?;
+    let is_whole = options.only.is_empty() && options.rounds >= 3 && options.seconds >= 0.5;
+    publish(&page, FLOODS, is_whole)?;
+    Ok(0)
 }
 
 /// Prints the results, and keeps them where they are worth it.
