@@ -41,6 +41,11 @@ impl Before {
         Self { incarnation, is_primary, databases: databases.collect() }
     }
 
+    /// Whether this process was the primary, by its own word.
+    pub fn was_primary(&self, process: Option<u64>) -> bool {
+        self.is_primary && self.incarnation == process
+    }
+
     /// What a write that was sent to the primary then comes after.
     pub fn need(&self) -> Option<Need> {
         let is_known = self.is_primary && !self.databases.is_empty();

@@ -61,10 +61,10 @@ impl Need {
     }
 
     /// Whether it is lost, seen from a write that was acknowledged later at `newer` by a node whose
-    /// history is `node`: another primary's, perhaps, of which no snapshot tells yet.
+    /// history is `node`: another primary's, perhaps, of which no snapshot tells yet, nor `newer`.
     pub fn is_lost_at(&self, newer: &Self, node: &Positions) -> bool {
         self.lineage.is_some()
-            && self.lineage != newer.lineage
+            && self.lineage != node.incarnation.or(newer.lineage)
             && self.databases.iter().any(|(database, ours)| {
                 let theirs = newer.databases.iter().find(|(known, _)| known == database);
                 theirs.is_some_and(|(_, theirs)| theirs.txid < ours.txid)
@@ -425,12 +425,11 @@ pub fn judge(need: &Need, lineage: &[Epoch], primary: Option<&Positions>) -> Sta
         |epoch: &Epoch| epoch.end.as_deref().and_then(|end| end.contains(&need.databases));
     let certain = || times().find(|(_, epoch)| contains(epoch) == Some(true));
     let mut possible = times().filter(|(_, epoch)| contains(epoch) != Some(false));
-    let (first, last) = match certain() {
-        Some((of, _)) => (Some(of), Some(of)),
-        None => {
-            let first = possible.next().map(|(of, _)| of);
-            (first, possible.last().map(|(of, _)| of).or(first))
-        }
+    let (first, last) = if let Some((of, _)) = certain() {
+        (Some(of), Some(of))
+    } else {
+        let first = possible.next().map(|(of, _)| of);
+        (first, possible.next_back().map(|(of, _)| of).or(first))
     };
     if last.is_some_and(is_lost_after) {
         return Standing::Gone;
@@ -665,6 +664,8 @@ mod tests {
             (need(2, 13, 2), false),
         ] {
             assert_eq!(token.is_lost_at(&need(2, 12, 2), &new), is_lost, "{token:?}");
+            // It answers as primary, and nobody has heard of that yet.
+            assert_eq!(token.is_lost_at(&need(1, 12, 2), &new), is_lost, "{token:?}");
         }
     }
 

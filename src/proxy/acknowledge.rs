@@ -158,10 +158,11 @@ impl To<'_> {
         }
     }
 
-    /// Whose history the node's position is of: its own if it is primary, else its primary's (a
-    /// replica may write through LiteFS's halt lock).
+    /// Whose history the node's position is of: its own if it is primary, or was when the write was
+    /// sent to it, else its primary's (a replica may write through LiteFS's halt lock).
     fn lineage(&self, here: &Positions) -> Option<u64> {
         match here.is_primary {
+            _ if self.before.was_primary(here.incarnation) => here.incarnation,
             Some(true) => here.incarnation,
             _ => self.cluster.primary_positions().map_or(here.incarnation, |p| p.incarnation),
         }

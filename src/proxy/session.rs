@@ -32,6 +32,7 @@ const FEED: Duration = Duration::from_millis(100);
 
 /// What became of a client's token.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Session {
     /// What it must not read the past of.
     pub(super) need: Option<Need>,

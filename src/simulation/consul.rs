@@ -12,7 +12,7 @@ use tokio::{
 
 use super::{
     wire::Message,
-    world::{INSTANCES, World, name},
+    world::{Consul, INSTANCES, World, name},
 };
 use crate::net::{Stream, simulated::Socket};
 
@@ -47,6 +47,8 @@ async fn answer(world: &World, socket: Socket) -> Option<()> {
         let (_, query) = request.path().split_once('?').unwrap_or_default();
         let mut pairs = query.split('&').filter_map(|pair| pair.strip_prefix("index="));
         let known: u64 = pairs.next().and_then(|index| index.parse().ok()).unwrap_or(0);
+        // Down for everybody is down for litegate, too.
+        world.until(|s| s.nodes.iter().any(|node| node.consul == Consul::Answers)).await;
         let until = Instant::now() + WAIT;
         let (mut index, mut holder) = world.key();
         while index == known && Instant::now() < until {

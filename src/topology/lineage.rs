@@ -206,9 +206,10 @@ mod tests {
                 let kept = kept(&lineage, &began, None);
                 if let Some(last) = disks.last().filter(|_| !lineage.is_empty()) {
                     let common = last.iter().zip(&history).take_while(|(a, b)| a == b).count();
-                    let kept = (kept[0].1 as usize).min(last.len());
+                    let common = common as u64;
+                    let kept = kept[0].1.min(last.len() as u64);
                     prop_assert!(kept <= common);
-                    let follows = common == history.len() || common == last.len();
+                    let follows = common == history.len() as u64 || common == last.len() as u64;
                     prop_assert!(!follows || kept == common);
                 }
                 history.extend(std::iter::repeat_n(process, more));
