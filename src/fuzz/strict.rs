@@ -315,6 +315,10 @@ impl<'b> Reader<'b> {
 
 /// RFC 9112 section 6.3. `answered`: the method that a response is for.
 fn framing(message: &Message, answered: Option<&[u8]>) -> Result<(Framing, usize), Stop> {
+    if answered.is_some() && matches!(message.status(), 100..200) {
+        // RFC 9110 section 15.2: it ends with its head.
+        return Ok((Framing::None, 0));
+    }
     let codings = message.values("transfer-encoding").flat_map(|line| line.split(|b| *b == b','));
     let codings: Vec<&[u8]> = codings.map(trim).collect();
     let lengths: Vec<&[u8]> = message.values("content-length").collect();
@@ -339,7 +343,7 @@ fn framing(message: &Message, answered: Option<&[u8]>) -> Result<(Framing, usize
         }
     }
     if let Some(answered) = answered
-        && (answered == b"HEAD" || matches!(message.status(), 100..200 | 204 | 304))
+        && (answered == b"HEAD" || matches!(message.status(), 204 | 304))
     {
         return Ok((Framing::None, 0));
     }
