@@ -279,8 +279,11 @@ pub struct Timeouts {
     pub connect: Duration,
     /// `response_header`: from the end of the request to the response head.
     pub response_header: Duration,
-    /// `idle`: between two bytes of a body, and on an upgraded connection `tunnel_idle` instead.
+    /// `idle`: between two bytes of a body, and of an event stream `stream_idle`, on an upgraded
+    /// connection `tunnel_idle` instead.
     pub idle: Duration,
+    /// `stream_idle`: no byte of a response that is a `text/event-stream`.
+    pub stream_idle: Duration,
     /// `tunnel_idle`: no byte either way on an upgraded connection.
     pub tunnel_idle: Duration,
     /// `tunnel_close`: over how long the upgraded connections to a node that is no longer primary

@@ -755,6 +755,7 @@ fn timeouts(mut section: Section) -> Timeouts {
         connect: section.duration("connect", secs(1)),
         response_header: section.duration("response_header", secs(60)),
         idle: section.duration("idle", secs(60)),
+        stream_idle: section.duration("stream_idle", secs(3600)),
         tunnel_idle: section.duration("tunnel_idle", secs(3600)),
         tunnel_close: section.duration("tunnel_close", secs(5)),
         pool_idle: section.duration("pool_idle", secs(4)),

@@ -56,6 +56,7 @@ impl Config {
                     "connect": seconds(cluster.timeouts.connect),
                     "response_header": seconds(cluster.timeouts.response_header),
                     "idle": seconds(cluster.timeouts.idle),
+                    "stream_idle": seconds(cluster.timeouts.stream_idle),
                     "tunnel_idle": seconds(cluster.timeouts.tunnel_idle),
                     "tunnel_close": seconds(cluster.timeouts.tunnel_close),
                     "pool_idle": seconds(cluster.timeouts.pool_idle),

@@ -56,7 +56,8 @@ pub fn schema() -> Value {
         })),
         "timeouts": table(json!({
             "connect": duration, "response_header": duration, "idle": duration,
-            "tunnel_idle": duration, "tunnel_close": duration, "pool_idle": duration,
+            "stream_idle": duration, "tunnel_idle": duration, "tunnel_close": duration,
+            "pool_idle": duration,
         })),
         "health": table(json!({
             "path": text, "interval": duration, "timeout": duration, "eject_after": count,

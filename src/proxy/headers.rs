@@ -525,9 +525,34 @@ fn strip_ours(head: &mut HeaderMap, pass: bool) {
     }
 }
 
+/// Whether a response is a stream of server-sent events (WHATWG HTML section 9.2), which may well be
+/// silent for long.
+pub(super) fn is_event_stream(headers: &HeaderMap) -> bool {
+    const NAME: &[u8] = b"text/event-stream";
+    let value = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    value.and_then(|value| value.split_at_checked(NAME.len())).is_some_and(|(name, rest)| {
+        name.eq_ignore_ascii_case(NAME) && matches!(rest.first(), None | Some(b';' | b' ' | b'\t'))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn event_streams_are_known_by_their_type() {
+        for (value, want) in [
+            ("text/event-stream", true),
+            ("Text/Event-Stream; charset=utf-8", true),
+            ("text/event-stream ;charset=utf-8", true),
+            ("text/event-streams", false),
+            ("text/event", false),
+            ("text/html", false),
+        ] {
+            assert_eq!(is_event_stream(&head(&[("content-type", value)])), want, "{value}");
+        }
+        assert!(!is_event_stream(&head(&[])));
+    }
 
     fn head(fields: &[(&'static str, &'static str)]) -> HeaderMap {
         let fields = fields.iter();

@@ -1172,7 +1172,9 @@ impl Proxy {
             parts.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         parts.version = Version::HTTP_11;
-        let idle = cluster.config.timeouts.idle;
+        let timeouts = &cluster.config.timeouts;
+        let is_stream = headers::is_event_stream(&parts.headers);
+        let idle = if is_stream { timeouts.stream_idle } else { timeouts.idle };
         Answer { response: Response::from_parts(parts, incoming), connected, idle, arrived }
     }
 

@@ -24,6 +24,7 @@ mod failover;
 mod fixture;
 mod lease;
 mod members;
+mod openssl;
 mod protocols;
 mod reads;
 mod verify;

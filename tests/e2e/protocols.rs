@@ -33,10 +33,10 @@ const CASES: [&str; 14] = [
 ];
 
 /// A litegate in this process, stopped when dropped.
-struct Gate(Option<Running>);
+pub(crate) struct Gate(Option<Running>);
 
 impl Gate {
-    fn before(node: SocketAddr, listener: &str, upstream: &str) -> Self {
+    pub(crate) fn before(node: SocketAddr, listener: &str, upstream: &str) -> Self {
         let text = format!(
             "[[listener]]\naddress = \"127.0.0.1:0\"\n{listener}\n[admin]\naddress = \"off\"\n\
              [access_log]\nformat = \"off\"\n[cluster.app]\nport = 1\nupstream = {{ protocol = \
@@ -48,7 +48,7 @@ impl Gate {
         Self(Some(litegate::app::start(config).expect("litegate starts")))
     }
 
-    fn port(&self) -> String {
+    pub(crate) fn port(&self) -> String {
         self.0.as_ref().expect("it runs").listeners[0].port().to_string()
     }
 }

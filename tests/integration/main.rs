@@ -22,6 +22,7 @@ mod refusals;
 mod replays;
 mod roles;
 mod sessions;
+mod sse;
 mod testkit;
 mod tls;
 mod together;
