@@ -27,10 +27,10 @@ use crate::{
         Stream,
         simulated::{Network, Socket},
     },
-    proxy::{Client, Hold, Parts, Proxy, ResponseBody, Shared},
+    proxy::{Client, Clients, Hold, Parts, Place, Proxy, ResponseBody, Shared},
     server::{
         self, ClientCertificate, Conn, Door, Handshake, Incoming, Limits, Origin, ProxyProtocol,
-        Refusal,
+        Reached, Refusal,
     },
     telemetry::metrics::Metrics,
 };
@@ -209,6 +209,7 @@ fn proxy(config: &Arc<Config>, metrics: &Metrics, discovery: &discovery::Discove
         log: None,
         listeners: config.listeners.iter().map(|one| (one.clone(), None)).collect(),
         clusters: vec![shared],
+        clients: Arc::new(Clients::new(&config.limits.client, None)),
         instance: "litegate-fuzz".into(),
         config: Arc::clone(config),
     })
@@ -225,6 +226,8 @@ fn limits(config: &Config) -> Limits {
         connections: limits.connections,
         streams: limits.streams,
         resets: limits.resets,
+        frames: limits.frames,
+        requests: limits.requests_per_connection,
         handshake: limits.tls_handshake,
         handshakes: limits.tls_handshakes,
     }
@@ -236,17 +239,31 @@ struct Gate(Proxy);
 impl server::Service for Gate {
     type Body = ResponseBody;
     type Client = Client;
+    type Place = Place;
 
     fn door(&self, _origin: &Origin) -> Door {
         Door { proxy_protocol: ProxyProtocol::Off, tls: None, http1: true, h2: true }
     }
 
-    fn opened(&self, origin: Origin, certificate: Option<ClientCertificate>) -> Client {
-        self.0.client(origin, certificate.as_ref())
+    fn admit(&self, origin: &Origin) -> Option<Place> {
+        self.0.admit(origin)
+    }
+
+    fn opened(
+        &self,
+        origin: Origin,
+        certificate: Option<ClientCertificate>,
+        place: Place,
+    ) -> Client {
+        self.0.client(origin, certificate.as_ref(), place)
     }
 
     fn shook_hands(&self, listener: usize, how: Handshake) {
         self.0.shook_hands(listener, how);
+    }
+
+    fn reached(&self, limit: Reached) {
+        self.0.reached(limit);
     }
 
     async fn call(
