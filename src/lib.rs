@@ -10,6 +10,8 @@
     )
 )]
 
+#[cfg(feature = "acme")]
+pub mod acme;
 pub mod admin;
 pub mod app;
 pub mod call;

@@ -47,6 +47,8 @@ pub use together::{Instances, Wish, hand_over};
 use worker::{Command, Outfit, limits, work};
 
 mod handoff;
+#[cfg(feature = "acme")]
+mod keepers;
 mod look;
 mod pause;
 mod reload;
@@ -234,6 +236,7 @@ fn files(listener: &Listener, tls: &config::listener::Tls) -> Files {
     let h2 = listener.protocols.h2.then_some(&b"h2"[..]);
     Files {
         certificates: pairs.collect(),
+        obtained: tls.acme.as_ref().map(config::listener::Acme::certificate),
         clients: tls.client_ca.clone().zip(need),
         protocols: h2
             .into_iter()
@@ -313,6 +316,8 @@ struct Control {
     /// Every listener there ever was, as last configured. A place here is a listener's number:
     /// connections that outlive their listener keep theirs, and one that comes back gets its own.
     listeners: Vec<Opened>,
+    #[cfg(feature = "acme")]
+    keepers: Vec<keepers::Keeper>,
     metrics: Arc<Metrics>,
     log: Option<AccessLog>,
     /// Access logs that are no longer written to, but by requests that began before a reload.
@@ -396,6 +401,8 @@ impl Control {
         let mut control = Self {
             listeners: opened.collect::<io::Result<_>>()?,
             clients: Arc::new(Clients::new(&config.limits.client, None)),
+            #[cfg(feature = "acme")]
+            keepers: Vec::new(),
             config,
             clusters,
             workers: Vec::new(),
@@ -426,6 +433,8 @@ impl Control {
         for (number, sockets) in sockets.into_iter().enumerate() {
             control.listen(number, sockets).await;
         }
+        #[cfg(feature = "acme")]
+        keepers::tend(&mut control.keepers, &control.listeners, &control.metrics);
         Ok(control)
     }
 
@@ -722,6 +731,8 @@ impl Control {
                 tracing::info!(%address, "no longer listening, connections finish");
             }
         }
+        #[cfg(feature = "acme")]
+        keepers::tend(&mut self.keepers, &self.listeners, &self.metrics);
         let bound = |number: &usize| self.listeners.get(*number).and_then(|opened| opened.bound);
         Ok(Addresses {
             listeners: numbers.iter().filter_map(bound).collect(),

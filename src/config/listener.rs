@@ -6,6 +6,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use sha2::{Digest as _, Sha256};
 
 /// `[[listener]]`
 #[derive(Clone, Debug, PartialEq)]
@@ -46,6 +47,44 @@ pub struct Tls {
     pub client_ca: Option<PathBuf>,
     /// `client_auth`
     pub client_auth: ClientAuth,
+    /// `acme`: a certificate beside those, which litegate obtains.
+    pub acme: Option<Acme>,
+}
+
+/// `acme`: a certificate that litegate obtains and renews. The terms are agreed to, or there is no
+/// configuration.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Acme {
+    /// `directory`: an `https` URL.
+    pub directory: String,
+    /// `ca`: who signs the directory's own certificate. `None`: whoever the system trusts.
+    pub ca: Option<PathBuf>,
+    /// `contacts`: URLs, as `mailto:ops@example.org`.
+    pub contacts: Vec<String>,
+    /// `domains`: whom the certificate is for, in lower case, one at least.
+    pub domains: Vec<String>,
+    /// `cache`: the directory in which the account's key and the certificate are kept.
+    pub cache: PathBuf,
+}
+
+impl Acme {
+    /// Where the certificate is kept, with its key. Another directory's is another file, or one
+    /// made by a staging directory would be taken for good.
+    pub fn certificate(&self) -> PathBuf {
+        let first = self.domains.first().map_or("", String::as_str);
+        self.cache.join(format!("{first}-{}.pem", self.mark()))
+    }
+
+    /// Where the account at this directory is kept.
+    pub fn account(&self) -> PathBuf {
+        self.cache.join(format!("account-{}.json", self.mark()))
+    }
+
+    /// Tells directories apart.
+    fn mark(&self) -> String {
+        let digest = Sha256::digest(self.directory.as_bytes());
+        data_encoding::HEXLOWER.encode(digest.get(..4).unwrap_or_default())
+    }
 }
 
 /// `{ certificate, key }`, PEM files.

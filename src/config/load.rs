@@ -9,7 +9,7 @@ use std::{
 };
 
 use http::{HeaderName, Method, StatusCode};
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{DnsName, ServerName};
 use toml::de::DeTable;
 
 use super::{
@@ -22,7 +22,7 @@ use super::{
     },
     diagnostic::{Diagnostic, Diagnostics, Place},
     limits::{AmbiguousPaths, Limits, PerClient, Rate, Underscores},
-    listener::{Certificate, ClientAuth, Listener, Protocols, ProxyProtocol, Tls},
+    listener::{Acme, Certificate, ClientAuth, Listener, Protocols, ProxyProtocol, Tls},
     reader::{self, Entry, Faults, Kind, Section, Value},
     route::{Class, HeaderMatch, Host, Path as RoutePath, Route, Scope},
     server::{Drain, Server},
@@ -117,6 +117,17 @@ fn root(entries: Vec<Entry>, end: usize, faults: &Faults) -> Option<Config> {
             if listeners.iter().any(|other| other.address == listener.address) {
                 let message = format!("two listeners at {}", listener.address);
                 root.fault(&place, message, "the second one".into(), Some("remove one".into()));
+            }
+            let acme = |listener: &Listener| listener.tls.as_ref().and_then(|tls| tls.acme.clone());
+            if let Some(acme_here) = acme(&listener)
+                && let Some(other) = listeners.iter().filter_map(acme).find(|other| {
+                    *other != acme_here && other.certificate() == acme_here.certificate()
+                })
+            {
+                let first = other.domains.first().map_or("", String::as_str);
+                let message = format!("two certificates by ACME for `{first}`, and both unlike");
+                let help = "write the same `acme` in both, or another first domain".to_owned();
+                root.fault(&place, message, "the second one".into(), Some(help));
             }
             listeners.push(listener);
         }
@@ -273,7 +284,8 @@ fn tls(mut section: Section) -> Tls {
             (_, None) => table.missing("key", "the PEM file of the private key"),
         }
     }
-    if certificates.is_empty() {
+    let acme = section.take("acme");
+    if certificates.is_empty() && acme.is_none() {
         section.missing(
             "certificates",
             "like certificates = [{ certificate = \"tls.crt\", key = \"tls.key\" }]",
@@ -289,8 +301,56 @@ fn tls(mut section: Section) -> Tls {
     if client_auth != ClientAuth::Off && client_ca.is_none() {
         section.missing("client_ca", "the PEM file of who signs clients' certificates");
     }
-    Tls { certificates, client_ca, client_auth }
+    let acme = acme.and_then(|value| self::acme(section.table("listener.tls.acme", "acme", value)));
+    Tls { certificates, client_ca, client_auth, acme }
 }
+
+fn acme(mut section: Section) -> Option<Acme> {
+    if !cfg!(feature = "acme") {
+        let message = "this litegate was built without ACME".to_owned();
+        let help = "build it with `cargo build --release --features acme`, or name files in \
+                    `certificates` that something else renews"
+            .to_owned();
+        section.fault(&section.place, message, "needs it".into(), Some(help));
+    }
+    let directory = section.parsed("directory", "the https URL of an ACME directory", |url| {
+        let parsed = url.parse::<http::Uri>().ok();
+        let is_one = parsed.is_some_and(|url| {
+            url.scheme() == Some(&http::uri::Scheme::HTTPS) && url.host().is_some()
+        });
+        is_one.then(|| url.to_owned()).ok_or_else(|| format!("like {LETS_ENCRYPT:?}"))
+    });
+    let ca = section.text("ca").map(Into::into);
+    let contacts = section.texts("contacts", "URLs like \"mailto:ops@example.org\"", |url| {
+        let is_one = url.starts_with("mailto:") || url.starts_with("https:");
+        is_one.then(|| url.to_owned()).ok_or_else(|| "it begins with `mailto:`".to_owned())
+    });
+    let domains = section.texts("domains", "names of hosts", |name| {
+        let lower = name.to_ascii_lowercase();
+        if lower.contains('*') {
+            return Err("TLS-ALPN-01 proves no wildcards: name each host".to_owned());
+        }
+        let is_one = DnsName::try_from(&*lower).is_ok() && lower.parse::<IpAddr>().is_err();
+        is_one.then_some(lower).ok_or_else(|| "like \"abaci.example.org\"".to_owned())
+    });
+    if domains.is_empty() {
+        section.missing("domains", "like domains = [\"abaci.example.org\"]");
+    }
+    let cache: Option<String> = section.text("cache").filter(|cache| !cache.is_empty());
+    if cache.is_none() {
+        section.missing("cache", "a directory that is kept, like \"/var/lib/litegate\"");
+    }
+    if !section.boolean("terms_agreed", false) {
+        let message = "the directory's terms of service have to be agreed to".to_owned();
+        let help = Some("read them, then write `terms_agreed = true`".to_owned());
+        section.fault(&section.place, message, "in this table".into(), help);
+    }
+    let directory = directory.unwrap_or_else(|| LETS_ENCRYPT.to_owned());
+    Some(Acme { directory, ca, contacts, domains, cache: cache?.into() })
+}
+
+/// Let's Encrypt's, for certificates that browsers trust.
+const LETS_ENCRYPT: &str = "https://acme-v02.api.letsencrypt.org/directory";
 
 const NETWORKS: &str = "networks like 10.42.0.0/16";
 
@@ -1168,6 +1228,59 @@ primary = [{ typ = "litefs" }, { kind = "litefs" }]
         ] {
             let text = LEAST.replace("8080\"", &format!("8080\"\ntls = {tls}"));
             assert!(parsed(&text).unwrap_err().contains(missing), "{tls}");
+        }
+    }
+
+    const ACME: &str = "{ domains = [\"A.test\"], cache = \"c\", terms_agreed = true }";
+
+    fn with_acme(acme: &str) -> String {
+        LEAST.replace("8080\"", &format!("8080\"\ntls = {{ acme = {acme} }}"))
+    }
+
+    #[cfg(not(feature = "acme"))]
+    #[test]
+    fn acme_needs_its_feature() {
+        let faults = parsed(&with_acme(ACME)).unwrap_err();
+        assert!(faults.contains("--features acme"), "{faults}");
+    }
+
+    #[cfg(feature = "acme")]
+    #[test]
+    fn acme_stands_for_certificates() {
+        let config = parsed(&with_acme(ACME)).unwrap();
+        let tls = config.listeners[0].tls.as_ref().unwrap();
+        let acme = tls.acme.as_ref().unwrap();
+        assert_eq!(acme.domains, ["a.test"]);
+        assert_eq!(acme.directory, LETS_ENCRYPT);
+        let staging = Acme { directory: "https://staging.test/".into(), ..acme.clone() };
+        assert_ne!(acme.certificate(), staging.certificate());
+        assert_ne!(acme.account(), staging.account());
+        let twice = |acme: &str| {
+            let second =
+                format!("[[listener]]\naddress = \"[::1]:8443\"\ntls = {{ acme = {acme} }}\n");
+            parsed(&format!("{second}{}", with_acme(ACME)))
+        };
+        twice(ACME).unwrap();
+        let more = ACME.replace("\"A.test\"", "\"a.test\", \"b.test\"");
+        assert!(twice(&more).unwrap_err().contains("two certificates by ACME"));
+    }
+
+    #[test]
+    fn acme_needs_domains_a_cache_and_the_terms() {
+        for (written, instead, want) in [
+            ("terms_agreed = true", "terms_agreed = false", "terms of service"),
+            (", terms_agreed = true", "", "terms of service"),
+            ("cache = \"c\", ", "", "`cache` is missing"),
+            ("domains = [\"A.test\"], ", "", "`domains` is missing"),
+            ("A.test", "*.a.test", "wildcards"),
+            ("A.test", "../a", "names of hosts"),
+            ("A.test", "10.0.0.1", "names of hosts"),
+            ("cache", "directory = \"http://a.test/\", cache", "https URL"),
+            ("cache", "contacts = [\"ops\"], cache", "mailto:"),
+            ("cache", "email = \"ops\", cache", "email"),
+        ] {
+            let faults = parsed(&with_acme(&ACME.replace(written, instead))).unwrap_err();
+            assert!(faults.contains(want), "{instead}: {faults}");
         }
     }
 

@@ -97,6 +97,10 @@ pub fn schema() -> Value {
                 })) },
                 "client_ca": text,
                 "client_auth": words(&["off", "optional", "required"]),
+                "acme": table(json!({
+                    "directory": text, "ca": text, "contacts": texts, "domains": texts,
+                    "cache": text, "terms_agreed": boolean,
+                })),
             })),
             "proxy_protocol": words(&["off", "accept", "require"]),
             "proxy_protocol_from": texts,

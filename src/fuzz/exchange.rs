@@ -216,7 +216,7 @@ fn proxy(config: &Arc<Config>, metrics: &Metrics, discovery: &discovery::Discove
 }
 
 fn limits(config: &Config) -> Limits {
-    let limits = config.limits;
+    let limits = &config.limits;
     Limits {
         header_bytes: limits.header_bytes,
         headers: limits.headers,

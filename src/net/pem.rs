@@ -50,7 +50,11 @@ pub fn key(path: &Path) -> Result<PrivateKeyDer<'static>, FileError> {
     PrivateKeyDer::from_pem_slice(&read(path)?).map_err(|error| FileError::new(path, error))
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+/// A whole file of at most 1 MiB.
+///
+/// # Errors
+/// It can't be read, or is larger.
+pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     let mut pem = Vec::new();
     let read = File::open(path).and_then(|file| file.take(LARGEST + 1).read_to_end(&mut pem));
     match read {

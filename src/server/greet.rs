@@ -134,7 +134,7 @@ async fn shaken(
         tls.accept(socket).await
     };
     match timeout(limit, shake).await {
-        Ok(Ok(greeting)) => (Handshake::Done, Some(greeting)),
+        Ok(Ok(greeting)) => (Handshake::Done, greeting),
         Ok(Err(error)) => {
             tracing::debug!(%error, "a TLS handshake failed");
             (Handshake::Failed, None)

@@ -6,6 +6,10 @@
 //! where that fails the former stays in force. Sessions are resumed by tickets, whose keys outlive
 //! a change of certificates but not one of whose clients are let in: a resumed session is not
 //! verified again.
+//!
+//! A certificate may also be *obtained* while litegate runs: its file may be missing at first, and
+//! until it is there handshakes that it would be for fail. While it is being obtained
+//! [`Tls::answer`] has a listener prove that a name leads to it.
 
 use std::{
     collections::HashMap,
@@ -19,12 +23,14 @@ use arc_swap::ArcSwap;
 use rustls::{
     RootCertStore, ServerConfig,
     crypto::CryptoProvider,
-    pki_types::CertificateDer,
-    server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier},
-    sign::CertifiedKey,
+    pki_types::{CertificateDer, PrivateKeyDer},
+    server::{
+        Acceptor, ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
+    },
+    sign::{CertifiedKey, SingleCertAndKey},
 };
-use tokio::net::TcpStream;
-use tokio_rustls::TlsAcceptor;
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
+use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor};
 use x509_cert::{
     Certificate,
     der::Decode as _,
@@ -47,6 +53,8 @@ pub struct Files {
     /// Certificate chains with their keys. The first is for clients that name no host, or one that
     /// nobody has.
     pub certificates: Vec<(PathBuf, PathBuf)>,
+    /// One that litegate obtains by itself, a chain and its key in one file, after those.
+    pub obtained: Option<PathBuf>,
     /// Who signs clients' certificates. `None`: clients are not asked for any.
     pub clients: Option<(PathBuf, Need)>,
     /// ALPN, best first.
@@ -62,9 +70,37 @@ pub enum Need {
     Required,
 }
 
+/// What answers those who verify that a name leads here, by the name.
+pub type Challenges = HashMap<String, Arc<ServerConfig>>;
+
+/// What they speak (RFC 8737 section 6.2).
+const ACME: &[u8] = b"acme-tls/1";
+
+/// An answer to them: RFC 8737 section 3.
+///
+/// # Errors
+/// The key is of no use.
+pub fn challenge(
+    certificate: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+) -> Result<Arc<ServerConfig>, rustls::Error> {
+    let provider = pem::provider();
+    let key = provider.key_provider.load_private_key(key)?;
+    // Not compared with the certificate, whose critical extension nothing else understands.
+    let key = CertifiedKey::new(vec![certificate], key);
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
+    config.alpn_protocols = vec![ACME.to_vec()];
+    Ok(Arc::new(config))
+}
+
 /// A listener's TLS.
 pub struct Tls {
     files: Files,
+    /// Almost always none.
+    challenges: ArcSwap<Challenges>,
     current: ArcSwap<ServerConfig>,
     state: Mutex<(Watched, State)>,
 }
@@ -89,7 +125,8 @@ impl Tls {
         let watched = Watched::new(files.stamps());
         let (config, state) = files.build(None)?;
         let state = Mutex::new((watched, state));
-        Ok(Self { files, current: ArcSwap::new(config), state })
+        let challenges = ArcSwap::default();
+        Ok(Self { files, challenges, current: ArcSwap::new(config), state })
     }
 
     /// What it is made of.
@@ -110,7 +147,7 @@ impl Tls {
         if !watched.have_changed(self.files.stamps()) {
             return Look::Same;
         }
-        let before = (Arc::clone(&self.current.load().ticketer), &state.clients);
+        let before = (Arc::clone(&self.current.load().ticketer), &*state);
         match self.files.build(Some(before)) {
             Ok((config, next)) => {
                 *state = next;
@@ -121,18 +158,42 @@ impl Tls {
         }
     }
 
-    /// Shakes hands.
-    pub(super) async fn accept(&self, socket: TcpStream) -> io::Result<Greeting> {
-        let acceptor = TlsAcceptor::from(self.current.load_full());
-        let session = acceptor.accept(socket).await?;
+    /// Answers these challenges from now on, and no others.
+    pub fn answer(&self, challenges: Arc<Challenges>) {
+        self.challenges.store(challenges);
+    }
+
+    /// Shakes hands. `None`: with someone who has seen thereby what they wanted to see.
+    pub(super) async fn accept(&self, socket: TcpStream) -> io::Result<Option<Greeting>> {
+        let challenges = self.challenges.load_full();
+        let session = if challenges.is_empty() {
+            TlsAcceptor::from(self.current.load_full()).accept(socket).await?
+        } else {
+            let hello = LazyConfigAcceptor::new(Acceptor::default(), socket).await?;
+            if let Some(challenge) = asked(&challenges, &hello.client_hello()) {
+                let mut session = hello.into_stream(challenge).await?;
+                // RFC 8737 section 3: nothing is said over it.
+                let _ = session.shutdown().await;
+                return Ok(None);
+            }
+            hello.into_stream(self.current.load_full()).await?
+        };
         let (_, connection) = session.get_ref();
         let certificate = connection.peer_certificates().and_then(<[_]>::first);
-        Ok(Greeting {
+        Ok(Some(Greeting {
             certificate: certificate.map(ClientCertificate::of),
             h2: connection.alpn_protocol() == Some(b"h2"),
             stream: Stream::Tls(Box::new(session.into())),
-        })
+        }))
     }
+}
+
+/// Which challenge is asked for: RFC 8737 section 3 has it offer that protocol alone.
+fn asked(challenges: &Challenges, hello: &ClientHello<'_>) -> Option<Arc<ServerConfig>> {
+    if !hello.alpn()?.eq([ACME]) {
+        return None;
+    }
+    challenges.get(&hello.server_name()?.to_ascii_lowercase()).map(Arc::clone)
 }
 
 /// What came of a handshake.
@@ -173,12 +234,16 @@ impl ClientCertificate {
     }
 }
 
-type Before<'a> = (Arc<dyn rustls::server::ProducesTickets>, &'a Vec<CertificateDer<'static>>);
+type Before<'a> = (Arc<dyn rustls::server::ProducesTickets>, &'a State);
 
 impl Files {
     fn stamps(&self) -> Vec<Stamp> {
         let pairs = self.certificates.iter().flat_map(|(certificate, key)| [certificate, key]);
-        pairs.chain(self.clients.iter().map(|(ca, _)| ca)).map(|path| Stamp::of(path)).collect()
+        pairs
+            .chain(&self.obtained)
+            .chain(self.clients.iter().map(|(ca, _)| ca))
+            .map(|path| Stamp::of(path))
+            .collect()
     }
 
     fn build(&self, before: Option<Before<'_>>) -> Result<(Arc<ServerConfig>, State), FileError> {
@@ -190,6 +255,20 @@ impl Files {
         for (certificate, key) in &self.certificates {
             let expires = names.add(certificate, key, &provider)?;
             expiries.push((certificate.clone(), expires));
+        }
+        if let Some(path) = &self.obtained {
+            let had = before.as_ref().is_some_and(|(_, state)| {
+                state.expiries.iter().any(|(certificate, _)| certificate == path)
+            });
+            match names.add(path, path, &provider) {
+                Ok(expires) => expiries.push((path.clone(), expires)),
+                // What is in force is better than none.
+                Err(error) if had => return Err(error),
+                Err(error) if path.exists() => {
+                    tracing::warn!(%error, "this certificate is of no use, another is obtained");
+                }
+                Err(_) => {}
+            }
         }
         let wrong = |error: rustls::Error| FileError::new(first, error);
         let config = ServerConfig::builder_with_provider(Arc::clone(&provider))
@@ -219,7 +298,7 @@ impl Files {
         // Tickets hold all that a resumption needs.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.ticketer = match before {
-            Some((ticketer, before)) if *before == clients => ticketer,
+            Some((ticketer, before)) if before.clients == clients => ticketer,
             _ => rustls::crypto::ring::Ticketer::new().map_err(wrong)?,
         };
         Ok((Arc::new(config), State { clients, expiries }))
@@ -289,6 +368,8 @@ impl ResolvesServerCert for Names {
 
 #[cfg(test)]
 mod tests {
+    use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+
     use super::*;
 
     /// Writes a self-signed certificate and its key.
@@ -303,7 +384,7 @@ mod tests {
     }
 
     fn files(certificates: Vec<(PathBuf, PathBuf)>) -> Files {
-        Files { certificates, clients: None, protocols: vec![b"http/1.1"] }
+        Files { certificates, obtained: None, clients: None, protocols: vec![b"http/1.1"] }
     }
 
     #[test]
@@ -351,6 +432,115 @@ mod tests {
         assert!(error.to_string().contains("a.key"), "{error}");
         assert!(Arc::ptr_eq(&tls.current.load_full(), &after));
         assert!(matches!(tls.look(), Look::Same), "it is said once");
+    }
+
+    #[test]
+    fn an_obtained_certificate_may_come_later_and_then_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.pem");
+        let files = Files { obtained: Some(path.clone()), ..files(vec![]) };
+        let put = || {
+            let made = rcgen::generate_simple_self_signed(vec!["a.test".to_owned()]).unwrap();
+            let content = format!("{}{}", made.signing_key.serialize_pem(), made.cert.pem());
+            std::fs::write(&path, content).unwrap();
+        };
+        std::fs::write(&path, "half of").unwrap();
+        let tls = Tls::load(files).unwrap();
+        assert_eq!(tls.expiries(), []);
+        put();
+        assert!(matches!(tls.look(), Look::Same));
+        assert!(matches!(tls.look(), Look::Renewed));
+        assert_eq!(tls.expiries().len(), 1);
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(tls.look(), Look::Same));
+        assert!(matches!(tls.look(), Look::Refused(_)));
+        assert_eq!(tls.expiries().len(), 1, "the former is in force");
+    }
+
+    /// Verifies nothing: to webpki the extension of a challenge's certificate is unknown.
+    #[derive(Debug)]
+    struct Looks;
+
+    impl ServerCertVerifier for Looks {
+        fn verify_server_cert(
+            &self,
+            _: &CertificateDer<'_>,
+            _: &[CertificateDer<'_>],
+            _: &rustls::pki_types::ServerName<'_>,
+            _: &[u8],
+            _: rustls::pki_types::UnixTime,
+        ) -> Result<ServerCertVerified, rustls::Error> {
+            Ok(ServerCertVerified::assertion())
+        }
+
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &rustls::DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            Ok(HandshakeSignatureValid::assertion())
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &rustls::DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            Ok(HandshakeSignatureValid::assertion())
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+            pem::provider().signature_verification_algorithms.supported_schemes()
+        }
+    }
+
+    #[tokio::test]
+    async fn challenges_are_answered_without_a_client_certificate_and_others_as_ever() {
+        let directory = tempfile::tempdir().unwrap();
+        let pair = made(directory.path(), "a", &["a.test"]);
+        let clients = Some((pair.0.clone(), Need::Required));
+        let own = pem::certificates(&pair.0).unwrap().remove(0);
+        let tls = Tls::load(Files { clients, ..files(vec![pair]) }).unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut proof = rcgen::CertificateParams::new(vec!["a.test".to_owned()]).unwrap();
+        proof.custom_extensions = vec![rcgen::CustomExtension::new_acme_identifier(&[7; 32])];
+        let proof = proof.self_signed(&key).unwrap();
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let answer = challenge(proof.der().clone(), key).unwrap();
+        let challenges = Arc::new(Challenges::from([("a.test".to_owned(), answer)]));
+        let proof = Some(proof.der().clone());
+        let own = Some(own);
+        for (challenges, host, protocols, shown, greeted) in [
+            (&challenges, "A.test", &["acme-tls/1"][..], &proof, Some(false)),
+            (&challenges, "b.test", &["acme-tls/1"], &None, None),
+            (&challenges, "a.test", &["http/1.1", "acme-tls/1"], &own, None),
+            (&challenges, "a.test", &[], &own, None),
+            (&Arc::default(), "a.test", &["acme-tls/1"], &None, None),
+        ] {
+            tls.answer(Arc::clone(challenges));
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let mut client = rustls::ClientConfig::builder_with_provider(pem::provider())
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .dangerous()
+                .with_custom_certificate_verifier(Arc::new(Looks))
+                .with_no_client_auth();
+            client.alpn_protocols = protocols.iter().map(|name| (*name).into()).collect();
+            let connector = tokio_rustls::TlsConnector::from(Arc::new(client));
+            let host = rustls::pki_types::ServerName::try_from(host).unwrap();
+            let connecting = connector.connect(host, socket);
+            let accepting = async { tls.accept(listener.accept().await.unwrap().0).await };
+            let (met, accepted) = tokio::join!(connecting, accepting);
+            let met = met.ok().and_then(|s| Some(s.get_ref().1.peer_certificates()?[0].clone()));
+            assert_eq!(
+                (&met, accepted.ok().map(|g| g.is_some())),
+                (shown, greeted),
+                "{protocols:?}"
+            );
+        }
     }
 
     #[test]

@@ -100,6 +100,8 @@ families! {
         "Changed certificate files: in force (`applied`), or wrong (`refused`), so that the former stay.";
     CERTIFICATES = gauge "litegate_certificate_expiry_timestamp_seconds" ["listener", "certificate"]
         "When each certificate in force ends.";
+    ORDERS = counter "litegate_acme_orders_total" ["certificate", "outcome"]
+        "Attempts to have a certificate by ACME: `obtained`, or `failed`, so that the former stays.";
     NODE_RENEWALS = counter "litegate_upstream_certificate_reloads_total" ["cluster", "outcome"]
         "Changed files of TLS to nodes: in force (`applied`), or wrong (`refused`), so that the former stay.";
     NODE_CERTIFICATES = gauge "litegate_upstream_certificate_expiry_timestamp_seconds" ["cluster", "certificate"]
@@ -779,6 +781,8 @@ pub struct Metrics {
     /// By listener: applied, refused.
     renewals: Mutex<BTreeMap<Arc<str>, [u64; 2]>>,
     certificates: Mutex<Vec<(Arc<str>, String, Duration)>>,
+    /// By certificate: obtained, failed.
+    orders: Mutex<BTreeMap<Arc<str>, [u64; 2]>>,
     node_renewals: Mutex<BTreeMap<Arc<str>, [u64; 2]>>,
     node_certificates: Mutex<Vec<Shown>>,
     reloads: [AtomicU64; 2],
@@ -835,6 +839,7 @@ impl Metrics {
             standings: Mutex::default(),
             renewals: Mutex::default(),
             certificates: Mutex::default(),
+            orders: Mutex::default(),
             node_renewals: Mutex::default(),
             node_certificates: Mutex::default(),
             reloads: [AtomicU64::new(0), AtomicU64::new(0)],
@@ -950,6 +955,19 @@ impl Metrics {
         let mut all = self.renewals.lock().unwrap_or_else(PoisonError::into_inner);
         let [ok, refused] = all.entry(listener.into()).or_default();
         *(if applied { ok } else { refused }) += 1;
+    }
+
+    /// This certificate is kept by ACME.
+    pub fn ordering(&self, certificate: &Arc<str>) {
+        let mut all = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry(Arc::clone(certificate)).or_default();
+    }
+
+    /// An attempt to have this certificate by ACME came to its end.
+    pub fn ordered(&self, certificate: &Arc<str>, obtained: bool) {
+        let mut all = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        let [ok, failed] = all.entry(Arc::clone(certificate)).or_default();
+        *(if obtained { ok } else { failed }) += 1;
     }
 
     /// The certificates that are in force: of which listener, in which file, until when.
@@ -1077,6 +1095,14 @@ impl Metrics {
             page.line(CERTIFICATES, &[listener, file], until.as_secs());
         }
         drop(all);
+        page.family(ORDERS);
+        let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        for (certificate, counts) in orders.iter() {
+            for (n, outcome) in counts.iter().zip(["obtained", "failed"]) {
+                page.line(ORDERS, &[certificate, outcome], n);
+            }
+        }
+        drop(orders);
         page.family(NODE_RENEWALS);
         let renewals = self.node_renewals.lock().unwrap_or_else(PoisonError::into_inner);
         for (cluster, counts) in renewals.iter() {
@@ -1524,6 +1550,7 @@ mod tests {
         );
         metrics.discovery(&cluster);
         metrics.certificates(vec![(Arc::clone(&listener), "tls.crt".into(), Duration::ZERO)]);
+        metrics.ordering(&Arc::from("a.pem"));
         let shown = Some(("own.crt".into(), Duration::ZERO));
         metrics.certificates_to_nodes(vec![(Arc::clone(&listener), shown)]);
         metrics.ask([(Arc::clone(&cluster), Standing::default)]);

@@ -11,6 +11,8 @@
 )]
 #![expect(clippy::print_stderr, reason = "a failed test shows what its processes printed")]
 
+#[cfg(feature = "acme")]
+mod acme;
 mod clients;
 mod cluster;
 mod consul;
