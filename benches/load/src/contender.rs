@@ -57,6 +57,31 @@ pub(crate) const CONTENDERS: &[Contender] = &[
     },
 ];
 
+/// The same with TLS, HTTP/2 and WebSocket.
+pub(crate) const PROTOCOLS: &[Contender] = &[
+    Contender {
+        name: "litegate",
+        file: "protocols/litegate.toml",
+        template: include_str!("../proxies/protocols/litegate.toml"),
+        version: &["--version"],
+        run: &["run", "--config"],
+    },
+    Contender {
+        name: "nginx",
+        file: "protocols/nginx.conf",
+        template: include_str!("../proxies/protocols/nginx.conf"),
+        version: &["-v"],
+        run: &["-c"],
+    },
+    Contender {
+        name: "haproxy",
+        file: "protocols/haproxy.cfg",
+        template: include_str!("../proxies/protocols/haproxy.cfg"),
+        version: &["-v"],
+        run: &["-db", "-f"],
+    },
+];
+
 /// litegate with the given `consistency.mode`, before three nodes.
 pub(crate) const fn consistency(mode: &'static str) -> Contender {
     Contender {
@@ -99,6 +124,11 @@ impl Contender {
             })
     }
 
+    /// Whether HTTP/2 in clear text has a port of its own in its configuration.
+    pub(crate) fn has_h2c_port(&self) -> bool {
+        self.template.contains("@h2c_port@")
+    }
+
     /// The first line that it prints of its version.
     pub(crate) fn version(&self, program: &Path) -> Result<String, Failure> {
         let output = Command::new(program).args(self.version).output()?;
@@ -137,7 +167,7 @@ impl Contender {
             let [port, admin] = &bound;
             [port.local_addr()?, admin.local_addr()?]
         };
-        let config = directory.join(self.file);
+        let config = directory.join(Path::new(self.file).file_name().unwrap_or_default());
         let mut text = self
             .template
             .replace("@port@", &port.port().to_string())

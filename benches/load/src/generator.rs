@@ -376,15 +376,20 @@ mod tests {
     use crate::{machine::Cores, upstream::Upstream, workload};
 
     const SPAN: Duration = Duration::from_millis(50);
+    const PATIENT: usize = 40;
 
     #[test]
     fn every_workload_is_answered_without_a_proxy() {
         let upstream = Upstream::start(Cores::find().unwrap().load, &workload::sizes()).unwrap();
         for workload in workload::WORKLOADS {
-            let mut clients = Clients::connect(upstream.address, workload).unwrap();
-            let saturation = clients.saturate(SPAN, || Ok(Duration::ZERO)).unwrap();
-            assert!(saturation.requests > 0, "{}", workload.name);
-            assert_eq!(saturation.errors, 0, "{}", workload.name);
+            // On a busy machine a span may pass without a turn of ours.
+            let answered = (0..PATIENT).any(|_| {
+                let mut clients = Clients::connect(upstream.address, workload).unwrap();
+                let saturation = clients.saturate(SPAN, || Ok(Duration::ZERO)).unwrap();
+                assert_eq!(saturation.errors, 0, "{}", workload.name);
+                saturation.requests > 0
+            });
+            assert!(answered, "{}", workload.name);
         }
     }
 

@@ -10,8 +10,10 @@ mod contender;
 mod generator;
 mod machine;
 mod message;
+mod protocols;
 mod report;
 mod upstream;
+mod websocket;
 mod workload;
 
 use std::{
@@ -36,11 +38,22 @@ pub(crate) type Failure = Box<dyn std::error::Error>;
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 const RESULTS: &str = "benches/load/RESULTS.md";
 const CONSISTENCY: &str = "benches/load/RESULTS-consistency.md";
+const PROTOCOLS: &str = "benches/load/RESULTS-protocols.md";
+const MEMORY: &str = "benches/load/RESULTS-memory.md";
 /// The fewest rounds of which a median is worth committing.
 const ROUNDS: usize = 5;
 const IDLE_CONNECTIONS: usize = 3_000;
+/// For three times 5,000 connections and what else there is.
+const DESCRIPTORS: u64 = 16_000;
 /// litegate takes a connection's machinery down after a second of quiet, checked once a second.
 const QUIET: Duration = Duration::from_secs(3);
+
+/// How long, and how often.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rounds {
+    pub(crate) count: usize,
+    pub(crate) span: Duration,
+}
 
 /// What a run measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -49,12 +62,16 @@ enum Part {
     Proxies,
     /// What tokens, the feed of positions and held writes cost
     Consistency,
+    /// TLS, HTTP/2 and WebSocket beside nginx and HAProxy
+    Protocols,
+    /// Idle and slow clients beside nginx and HAProxy
+    Memory,
 }
 
 /// Measures litegate beside nginx and HAProxy under the same load.
 ///
-/// A whole run (no option that leaves something out) writes benches/load/RESULTS.md, or
-/// RESULTS-consistency.md with `--part consistency`; every run prints its results.
+/// A whole run (no option that leaves something out) writes benches/load/RESULTS.md, or with
+/// `--part consistency` RESULTS-consistency.md and so on; every run prints its results.
 #[derive(Debug, Parser)]
 struct Options {
     /// What to measure
@@ -66,7 +83,8 @@ struct Options {
     /// Length of a round
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
-    /// Only these workloads: get, post-1k, get-64k, post-64k
+    /// Only these workloads: get, post-1k, get-64k, post-64k; of protocols: tls, tls-64k, handshake,
+    /// resumed, h2, websocket, websocket-tls
     #[arg(long, value_delimiter = ',')]
     workload: Vec<String>,
     /// Only these proxies: litegate, nginx, haproxy
@@ -104,18 +122,19 @@ fn run(options: &Options) -> Result<u64, Failure> {
             "an unoptimised build measures itself: `cargo run --release -p litegate-load`".into()
         );
     }
-    if options.part == Part::Consistency {
-        return consistency(options);
+    match options.part {
+        Part::Proxies => proxies(options),
+        Part::Consistency => consistency(options),
+        Part::Protocols | Part::Memory => protocols(options),
     }
-    let workloads = chosen(WORKLOADS, |workload| workload.name, &options.workload)?;
-    let contenders = chosen(CONTENDERS, |contender| contender.name, &options.only)?;
-    let litegate = litegate(options)?;
-    let programs: Vec<(&Contender, PathBuf)> = contenders
-        .into_iter()
-        .map(|contender| Ok((contender, contender.program(&litegate)?)))
-        .collect::<Result<_, Failure>>()?;
+}
 
-    let mut results = Results { header: header(options, &programs)?, ..Results::default() };
+/// litegate beside the others. Returns the number of errors.
+fn proxies(options: &Options) -> Result<u64, Failure> {
+    let workloads = chosen(WORKLOADS, |workload| workload.name, &options.workload)?;
+    let programs = programs(CONTENDERS, options)?;
+    let mut results = Results { header: header("", &programs)?, ..Results::default() };
+    results.header.push(paced(options));
     let cores = Cores::find()?;
     results.header.push(placed(cores));
     machine::pin(cores.load)?;
@@ -141,6 +160,42 @@ fn run(options: &Options) -> Result<u64, Failure> {
     Ok(results.errors())
 }
 
+/// Those of the contenders that were asked for.
+fn programs(
+    all: &'static [Contender],
+    options: &Options,
+) -> Result<Vec<(&'static Contender, PathBuf)>, Failure> {
+    let contenders = chosen(all, |contender| contender.name, &options.only)?;
+    let litegate = litegate(options)?;
+    let program = |contender: &'static Contender| Ok((contender, contender.program(&litegate)?));
+    contenders.into_iter().map(program).collect()
+}
+
+/// TLS, HTTP/2 and WebSocket, or idle and slow clients. Returns the number of errors.
+fn protocols(options: &Options) -> Result<u64, Failure> {
+    let is_memory = options.part == Part::Memory;
+    if is_memory && !options.workload.is_empty() {
+        return Err("`--part memory` has no workloads to choose from".into());
+    }
+    let workloads = chosen(protocols::WORKLOADS, |workload| workload.name, &options.workload)?;
+    let programs = programs(contender::PROTOCOLS, options)?;
+    let cores = Cores::find()?;
+    let part = if is_memory { " -- --part memory" } else { " -- --part protocols" };
+    let mut header = header(part, &programs)?;
+    header.push(if is_memory { machine::kernel() } else { paced(options) });
+    header.push(placed(cores));
+    machine::pin(cores.load)?;
+    machine::raise_descriptors(DESCRIPTORS)?;
+    let span = Duration::try_from_secs_f64(options.seconds)?;
+    let rounds = Rounds { count: options.rounds, span };
+    let plan = protocols::Plan { programs: &programs, cores, rounds, header };
+    let (page, errors) =
+        if is_memory { protocols::memory(plan)? } else { protocols::run(plan, &workloads)? };
+    let file = if is_memory { MEMORY } else { PROTOCOLS };
+    publish(&page, file, is_whole(options) && errors == 0)?;
+    Ok(errors)
+}
+
 /// What consistency costs. Returns the number of errors.
 fn consistency(options: &Options) -> Result<u64, Failure> {
     if !options.workload.is_empty() || !options.only.is_empty() {
@@ -159,7 +214,7 @@ fn consistency(options: &Options) -> Result<u64, Failure> {
     machine::pin(cores.load)?;
     machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
     let span = Duration::try_from_secs_f64(options.seconds)?;
-    let rounds = consistency::Rounds { count: options.rounds, span };
+    let rounds = Rounds { count: options.rounds, span };
     let (page, wrong) = consistency::run(&litegate, cores, rounds, header)?;
     let is_whole = options.rounds >= ROUNDS && options.seconds >= 1.0;
     publish(&page, CONSISTENCY, is_whole && wrong == 0)?;
@@ -238,16 +293,14 @@ fn build() -> Result<PathBuf, Failure> {
     Ok(path.canonicalize().map_err(|error| format!("{}: {error}", path.display()))?)
 }
 
-fn header(options: &Options, programs: &[(&Contender, PathBuf)]) -> Result<Vec<String>, Failure> {
-    let mut lines = vec![
-        "`cargo run --release -p litegate-load` (see [docs/benchmarks.md](../../docs/benchmarks.md))"
-            .to_owned(),
-    ];
+fn header(part: &str, programs: &[(&Contender, PathBuf)]) -> Result<Vec<String>, Failure> {
+    let mut lines = vec![format!(
+        "`cargo run --release -p litegate-load{part}` (see [docs/benchmarks.md](../../docs/benchmarks.md))"
+    )];
     for (contender, program) in programs {
         let (version, file) = (contender.version(program)?, contender.file);
         lines.push(format!("{version}, with [proxies/{file}](proxies/{file})"));
     }
-    lines.push(paced(options));
     Ok(lines)
 }
 
@@ -260,9 +313,7 @@ fn measure(
     options: &Options,
 ) -> Result<Section, Failure> {
     let span = Duration::try_from_secs_f64(options.seconds)?;
-    let row =
-        |proxy: &Running| Row { name: proxy.name, saturations: Vec::new(), latencies: Vec::new() };
-    let mut rows: Vec<Row> = running.iter().map(row).collect();
+    let mut rows: Vec<Row> = running.iter().map(|proxy| Row::new(proxy.name)).collect();
     let mut alone = Vec::new();
     for round in 1..=options.rounds {
         alone.push(by_itself(workload, upstream, cores, span / 10)?.speed());

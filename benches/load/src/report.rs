@@ -101,6 +101,10 @@ impl Latencies {
 }
 
 impl Row {
+    pub(crate) fn new(name: &'static str) -> Self {
+        Self { name, saturations: Vec::new(), latencies: Vec::new() }
+    }
+
     pub(crate) fn cost(&self) -> Option<Spread> {
         Spread::of(self.saturations.iter().map(Saturation::cost))
     }
@@ -265,7 +269,7 @@ impl Section {
     }
 }
 
-fn ratio(value: f64, to: Option<f64>) -> String {
+pub(crate) fn ratio(value: f64, to: Option<f64>) -> String {
     match to {
         Some(to) if to > 0.0 => format!("{:.2}", value / to),
         _ => "–".to_owned(),

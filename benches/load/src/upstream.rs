@@ -1,14 +1,15 @@
 //! The node behind the proxies: cheaper than any of them, so that it is never what is measured.
 //!
 //! One thread on epoll. It looks for the end of a head, skips the body by `Content-Length`, and
-//! answers with bytes made before the first request: two system calls per request.
+//! answers with bytes made before the first request: two system calls per request. An upgrade
+//! makes it a WebSocket that sends every message back.
 
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
 };
@@ -21,15 +22,21 @@ use rustix::{
 use crate::{
     Failure,
     machine::{self, Core},
-    message::{Fault, Reader, number},
+    message::{Fault, Reader, field, number},
+    websocket::{self, Messages},
 };
 
 /// Where the head of the request comes back as the body: shows what a proxy makes of it.
 pub(crate) const ECHO: &str = "/head";
+/// Where the body is [`GIBIBYTE`] long, made while it is sent.
+pub(crate) const ENDLESS: &str = "/endless";
+pub(crate) const GIBIBYTE: usize = 1 << 30;
 
 /// A running upstream; dropping it stops it.
 pub(crate) struct Upstream {
     pub(crate) address: SocketAddr,
+    /// Connections that it has.
+    open: Arc<AtomicUsize>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -56,7 +63,9 @@ impl Upstream {
             answers: sizes.iter().map(|&size| (size, response("", &vec![b'x'; size]))).collect(),
             on_write,
             buffer: vec![0; 256 * 1024],
+            open: Arc::default(),
         };
+        let open = Arc::clone(&serving.open);
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("upstream".into()).spawn(move || {
             if let Err(failure) = machine::pin(core).and_then(|()| serving.run(&listener, &stopped))
@@ -64,7 +73,14 @@ impl Upstream {
                 eprintln!("the upstream has stopped: {failure}");
             }
         })?;
-        Ok(Self { address, stop, thread: Some(thread) })
+        Ok(Self { address, open, stop, thread: Some(thread) })
+    }
+}
+
+impl Upstream {
+    /// Connections that it has.
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
     }
 }
 
@@ -99,11 +115,14 @@ struct Serving {
     answers: Vec<(usize, Vec<u8>)>,
     on_write: Option<OnWrite>,
     buffer: Vec<u8>,
+    open: Arc<AtomicUsize>,
 }
 
 struct Connection {
     stream: TcpStream,
     reader: Reader,
+    /// What the client of a WebSocket sends, once it is one.
+    messages: Option<Messages>,
     /// To the request being read or answered.
     answer: Answer,
     /// How much of the answer the socket has taken; `None` while the request is being read.
@@ -114,6 +133,8 @@ enum Answer {
     /// One of those made beforehand.
     Made(usize),
     Own(Vec<u8>),
+    /// So much is left of one that is longer than anybody waits for.
+    Endless(usize),
 }
 
 const LISTENER: u64 = u64::MAX;
@@ -152,9 +173,11 @@ impl Serving {
             let connection = Some(Connection {
                 stream,
                 reader: Reader::default(),
+                messages: None,
                 answer: Answer::Own(Vec::new()),
                 sent: None,
             });
+            self.open.fetch_add(1, Ordering::Relaxed);
             match self.connections.get_mut(key) {
                 Some(place) => *place = connection,
                 None => self.connections.push(connection),
@@ -169,6 +192,7 @@ impl Serving {
         if !connection.turn(&mut self.buffer, &self.answers, self.on_write.as_ref()) {
             // Closing the socket takes it out of epoll.
             *place = None;
+            self.open.fetch_sub(1, Ordering::Relaxed);
             return Ok(());
         }
         let is_sending = connection.sent.is_some();
@@ -197,11 +221,34 @@ impl Connection {
             Ok(read) => read,
             Err(error) => return error.kind() == ErrorKind::WouldBlock,
         };
-        let Self { reader, answer, .. } = self;
-        let fed = reader.feed(buffer.get(..read).unwrap_or_default(), |head, _| {
+        let bytes = buffer.get(..read).unwrap_or_default();
+        if let Some(messages) = &mut self.messages {
+            let mut back = Vec::new();
+            if messages.feed(bytes, |message| websocket::write(&mut back, None, message)).is_err() {
+                return false;
+            }
+            if !back.is_empty() {
+                (self.answer, self.sent) = (Answer::Own(back), Some(0));
+                return self.send(answers);
+            }
+            return true;
+        }
+        let Self { reader, answer, messages, stream, .. } = self;
+        let fed = reader.feed(bytes, |head, _| {
             let target = head.split(|byte| *byte == b' ').nth(1).unwrap_or_default();
             *answer = if target == ECHO.as_bytes() {
                 Answer::Own(response("", head))
+            } else if field(head, b"upgrade").is_some() {
+                *messages = Some(Messages::default());
+                Answer::Own(websocket::ACCEPTED.to_vec())
+            } else if target == ENDLESS.as_bytes() {
+                // What waits in the kernel is nobody's memory here, but the machine's.
+                let _ = rustix::net::sockopt::set_socket_send_buffer_size(&*stream, buffer.len());
+                let head = format!(
+                    "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {GIBIBYTE}\r\n\r\n"
+                );
+                let _ = stream.write_all(head.as_bytes());
+                Answer::Endless(GIBIBYTE)
             } else {
                 let size = number(target.get(1..).unwrap_or_default());
                 let made = answers.iter().position(|(of, _)| *of == size);
@@ -228,6 +275,7 @@ impl Connection {
         let bytes = match &self.answer {
             Answer::Made(made) => answers.get(*made).map(|(_, bytes)| bytes),
             Answer::Own(bytes) => Some(bytes),
+            Answer::Endless(left) => return self.send_on(*left),
         };
         let bytes = bytes.map(Vec::as_slice).unwrap_or_default();
         let sent = self.sent.unwrap_or_default();
@@ -238,4 +286,18 @@ impl Connection {
         }
         true
     }
+
+    fn send_on(&mut self, left: usize) -> bool {
+        match self.stream.write(CHUNK.get(..left).unwrap_or(&CHUNK)) {
+            Ok(sent) => {
+                self.answer = Answer::Endless(left - sent);
+                self.sent = (sent < left).then_some(0);
+            }
+            Err(error) => return error.kind() == ErrorKind::WouldBlock,
+        }
+        true
+    }
 }
+
+/// Of an endless answer.
+static CHUNK: [u8; 64 << 10] = [b'x'; 64 << 10];

@@ -14,7 +14,7 @@ use std::{
 };
 
 use crate::{
-    Failure,
+    Failure, Rounds,
     contender::{self, Running},
     generator::{self, Clients},
     machine::{self, Cores, Tree},
@@ -34,13 +34,6 @@ const TRANSACTIONS: u32 = 1_000;
 /// Writes that wait for a primary: all that `hold.max_requests` allows.
 const WRITES: usize = 1_000;
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// How long, and how often.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Rounds {
-    pub(crate) count: usize,
-    pub(crate) span: Duration,
-}
 
 /// Measures everything. Returns the page and the number of wrong answers.
 pub(crate) fn run(
