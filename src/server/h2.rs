@@ -1,7 +1,7 @@
 //! One client connection that speaks HTTP/2.
 //!
 //! h2 does the framing. Each stream has a [`Conn`] of its own, whose deadlines are kept by
-//! a timer around the stream's task; another `Conn`, the *link*, notes what happens on the socket
+//! a timer around what answers it; another `Conn`, the *link*, notes what happens on the socket
 //! they share. [`Frames`] watches what the client sends for floods.
 
 use std::{
@@ -15,12 +15,12 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::stream::{FuturesUnordered, Stream as _};
 use h2::{RecvStream, server::SendResponse};
 use http::Method;
 use http_body::{Body, Frame, SizeHint};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    task::JoinSet,
     time::{Instant, sleep_until},
 };
 
@@ -49,16 +49,28 @@ struct Shared {
     open: Cell<usize>,
     /// When the last one ended.
     idle_since: Cell<Instant>,
-    /// Aborted with the connection.
-    tasks: RefCell<JoinSet<()>>,
+    /// What the connection has yet to take up.
+    new: RefCell<Vec<Task>>,
     limits: Limits,
 }
 
+/// What answers a request, or carries a tunnel. Boxed: it is thousands of bytes, which nobody should
+/// move.
+type Task = Pin<Box<dyn Future<Output = ()>>>;
+
 impl Shared {
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {
-        let mut tasks = self.tasks.borrow_mut();
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn_local(task);
+        self.new.borrow_mut().push(Box::pin(task));
+    }
+
+    /// Goes on with those that can, new ones among them.
+    fn run(&self, tasks: &mut FuturesUnordered<Task>, cx: &mut Context<'_>) {
+        loop {
+            tasks.extend(self.new.borrow_mut().drain(..));
+            if !matches!(Pin::new(&mut *tasks).poll_next(cx), Poll::Ready(Some(()))) {
+                return;
+            }
+        }
     }
 }
 
@@ -80,8 +92,7 @@ impl Drop for Open {
 }
 
 /// Runs a stream's task, and keeps its time.
-async fn watched(task: impl Future<Output = ()>, conn: Rc<Conn>, open: Open) {
-    let mut task = pin!(task);
+async fn watched(mut task: Task, conn: Rc<Conn>, open: Open) {
     let limits = open.0.limits;
     let mut timer = pin!(sleep_until(Instant::now() + TICK));
     poll_fn(|cx| {
@@ -178,7 +189,7 @@ pub(super) async fn serve<S: Service + 'static>(
     let shared = Rc::new(Shared {
         open: Cell::new(0),
         idle_since: Cell::new(began),
-        tasks: RefCell::default(),
+        new: RefCell::default(),
         limits,
     });
     let answer = |request: http::Request<RecvStream>, mut reply: SendResponse<Bytes>| {
@@ -187,7 +198,7 @@ pub(super) async fn serve<S: Service + 'static>(
         let (service, client) = (Rc::clone(service), Rc::clone(client));
         let (open, owner) = (Open::new(&shared), Rc::clone(&shared));
         let stream = Rc::clone(&conn);
-        let task = async move {
+        let task = Box::pin(async move {
             let (parts, body) = request.into_parts();
             // What a CONNECT brings after its head is the tunnel's.
             let (body, tunnel) = if parts.method == Method::CONNECT {
@@ -196,8 +207,12 @@ pub(super) async fn serve<S: Service + 'static>(
                 let expects = super::expects_continue(&parts.headers).then(|| Rc::clone(&conn));
                 (Incoming::h2(body, &parts.headers, expects), None)
             };
-            let answer = service.call(&client, &conn, http::Request::from_parts(parts, body));
-            let Some(response) = answered(&mut reply, &conn, answer).await else { return };
+            let request = http::Request::from_parts(parts, body);
+            let response = {
+                let answer = pin!(service.call(&client, &conn, request));
+                answered(&mut reply, &conn, answer).await
+            };
+            let Some(response) = response else { return };
             let (head, body) = response.into_parts();
             let head = http::Response::from_parts(head, ());
             if let (Some(from_client), Some(takeover)) = (tunnel, conn.take_takeover()) {
@@ -219,7 +234,7 @@ pub(super) async fn serve<S: Service + 'static>(
             {
                 pipe(StreamBody { inner: body, conn }, to_client).await;
             }
-        };
+        });
         shared.spawn(watched(task, stream, open));
     };
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
@@ -238,13 +253,20 @@ pub(super) async fn serve<S: Service + 'static>(
     let mut drained = pin!(drain.started());
     // Since when the client has been told to go.
     let mut going = None;
+    // Polled here rather than by the runtime: answers that are ready at the same time leave
+    // together, and they end with the connection.
+    let mut tasks = FuturesUnordered::new();
     let stop = poll_fn(|cx| {
         loop {
+            shared.run(&mut tasks, cx);
             if let Poll::Ready(result) = http.poll(cx, &answer) {
                 return Poll::Ready(Stop::Ended(result));
             }
             if frames.is_flood(link.sent()) {
                 return Poll::Ready(Stop::Flood);
+            }
+            if !shared.new.borrow().is_empty() {
+                continue;
             }
             if going.is_none() && drained.as_mut().poll(cx).is_ready() {
                 going = Some(Instant::now());
@@ -297,8 +319,8 @@ pub(super) async fn serve<S: Service + 'static>(
     }
     let lingers = !matches!(stop, Stop::Stalled);
     // What still runs is for nobody. Taken out first: a task that is dropped may look in here.
-    let tasks = shared.tasks.take();
-    drop((tasks, http));
+    let new = shared.new.take();
+    drop((tasks, new, http));
     // Our last words must not be overtaken by a reset for what nobody reads any more.
     if let Some(io) = Rc::into_inner(io).filter(|_| lingers) {
         linger(io.into_inner().into_parts().0, &[]).await;
