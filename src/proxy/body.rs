@@ -34,6 +34,8 @@ const AHEAD: usize = READ_BUFFER + FRAME;
 const PAUSE: Duration = Duration::from_millis(25);
 /// What a kept frame costs beyond its bytes: a client may send one byte at a time.
 const FRAME: usize = 64;
+/// A kept frame of fewer bytes is a copy.
+const COPIED: usize = READ_BUFFER / 4;
 
 /// This worker's share of `limits.replay_bytes`.
 #[derive(Debug)]
@@ -272,7 +274,7 @@ impl Shared {
         let cost = data.len() + FRAME;
         if state.cost + cost <= self.limit && self.budget.take(cost) {
             state.cost += cost;
-            state.kept.push_back(data.clone());
+            state.kept.push_back(compact(data));
             state.sent += 1;
         } else {
             state.keeping = false;
@@ -410,6 +412,28 @@ impl Body for RequestBody {
         match state.source.size_hint().exact() {
             Some(rest) => SizeHint::with_exact(rest + unsent),
             None => SizeHint::default(),
+        }
+    }
+}
+
+/// Bytes that cost about as much memory as they are long. A frame is a part of the buffer that it was
+/// read into, which lives as long as the frame: 8 KiB and more for a single byte.
+fn compact(data: &Bytes) -> Bytes {
+    if data.len() < COPIED { Bytes::copy_from_slice(data) } else { data.clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_frame_does_not_keep_the_buffer_that_it_was_read_into() {
+        let buffer = Bytes::from(vec![b'x'; READ_BUFFER]);
+        for (length, copied) in [(1, true), (COPIED - 1, true), (COPIED, false)] {
+            let frame = buffer.slice(..length);
+            let kept = compact(&frame);
+            assert_eq!(kept, frame);
+            assert_eq!(kept.as_ptr() != frame.as_ptr(), copied, "{length} bytes");
         }
     }
 }

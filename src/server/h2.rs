@@ -1,7 +1,7 @@
 //! One client connection that speaks HTTP/2.
 //!
 //! h2 does the framing. Each stream has a [`Conn`] of its own, whose deadlines are kept by
-//! a timer around the stream's task; another `Conn`, the *link*, notes what happens on the socket
+//! a timer around what answers it; another `Conn`, the *link*, notes what happens on the socket
 //! they share. [`Frames`] watches what the client sends for floods.
 
 use std::{
@@ -15,12 +15,12 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::stream::{FuturesUnordered, Stream as _};
 use h2::{RecvStream, server::SendResponse};
 use http::Method;
 use http_body::{Body, Frame, SizeHint};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    task::JoinSet,
     time::{Instant, sleep_until},
 };
 
@@ -51,16 +51,28 @@ struct Shared {
     full: Cell<bool>,
     /// When the last one ended.
     idle_since: Cell<Instant>,
-    /// Aborted with the connection.
-    tasks: RefCell<JoinSet<()>>,
+    /// What the connection has yet to take up.
+    new: RefCell<Vec<Task>>,
     limits: Limits,
 }
 
+/// What answers a request, or carries a tunnel. Boxed: it is thousands of bytes, which nobody should
+/// move.
+type Task = Pin<Box<dyn Future<Output = ()>>>;
+
 impl Shared {
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {
-        let mut tasks = self.tasks.borrow_mut();
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn_local(task);
+        self.new.borrow_mut().push(Box::pin(task));
+    }
+
+    /// Goes on with those that can, new ones among them.
+    fn run(&self, tasks: &mut FuturesUnordered<Task>, cx: &mut Context<'_>) {
+        loop {
+            tasks.extend(self.new.borrow_mut().drain(..));
+            if !matches!(Pin::new(&mut *tasks).poll_next(cx), Poll::Ready(Some(()))) {
+                return;
+            }
+        }
     }
 }
 
@@ -85,8 +97,7 @@ impl Drop for Open {
 }
 
 /// Runs a stream's task, and keeps its time.
-async fn watched(task: impl Future<Output = ()>, conn: Rc<Conn>, open: Open) {
-    let mut task = pin!(task);
+async fn watched(mut task: Task, conn: Rc<Conn>, open: Open) {
     let limits = open.0.limits;
     let mut timer = pin!(sleep_until(Instant::now() + TICK));
     poll_fn(|cx| {
@@ -212,7 +223,7 @@ pub(super) async fn serve<S: Service + 'static>(
         open: Cell::new(0),
         full: Cell::new(false),
         idle_since: Cell::new(began),
-        tasks: RefCell::default(),
+        new: RefCell::default(),
         limits,
     });
     let called = Cell::new(0);
@@ -224,7 +235,7 @@ pub(super) async fn serve<S: Service + 'static>(
         let (open, owner) = (Open::new(&shared), Rc::clone(&shared));
         let stream = Rc::clone(&conn);
         let mut unanswered = Unanswered(Some(Rc::clone(&frames)));
-        let task = async move {
+        let task = Box::pin(async move {
             let (parts, body) = request.into_parts();
             // What a CONNECT brings after its head is the tunnel's.
             let (body, tunnel) = if parts.method == Method::CONNECT {
@@ -233,8 +244,12 @@ pub(super) async fn serve<S: Service + 'static>(
                 let expects = super::expects_continue(&parts.headers).then(|| Rc::clone(&conn));
                 (Incoming::h2(body, &parts.headers, expects), None)
             };
-            let answer = service.call(&client, &conn, http::Request::from_parts(parts, body));
-            let Some(response) = answered(&mut reply, &conn, answer).await else { return };
+            let request = http::Request::from_parts(parts, body);
+            let response = {
+                let answer = pin!(service.call(&client, &conn, request));
+                answered(&mut reply, &conn, answer).await
+            };
+            let Some(response) = response else { return };
             let (head, body) = response.into_parts();
             let head = http::Response::from_parts(head, ());
             if let (Some(from_client), Some(takeover)) = (tunnel, conn.take_takeover()) {
@@ -260,7 +275,7 @@ pub(super) async fn serve<S: Service + 'static>(
             {
                 pipe(StreamBody { inner: body, conn, unanswered }, to_client).await;
             }
-        };
+        });
         shared.spawn(watched(task, stream, open));
     };
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
@@ -299,13 +314,20 @@ pub(super) async fn serve<S: Service + 'static>(
         }
         unseen.set(unseen.get() + more);
     };
+    // Polled here rather than by the runtime: answers that are ready at the same time leave
+    // together, and they end with the connection.
+    let mut tasks = FuturesUnordered::new();
     let stop = poll_fn(|cx| {
         loop {
+            shared.run(&mut tasks, cx);
             if let Poll::Ready(result) = http.poll(cx, &answer) {
                 return Poll::Ready(Stop::Ended(result));
             }
             if let Some(flood) = frames.flood(link.sent()) {
                 return Poll::Ready(Stop::Flood(flood));
+            }
+            if !shared.new.borrow().is_empty() {
+                continue;
             }
             let is_full = limits.requests > 0 && called.get() >= limits.requests as u64;
             if going.is_none() && is_full {
@@ -364,8 +386,8 @@ pub(super) async fn serve<S: Service + 'static>(
     }
     let lingers = !matches!(stop, Stop::Stalled);
     // What still runs is for nobody. Taken out first: a task that is dropped may look in here.
-    let tasks = shared.tasks.take();
-    drop((tasks, http));
+    let new = shared.new.take();
+    drop((tasks, new, http));
     // Our last words must not be overtaken by a reset for what nobody reads any more.
     if let Some(io) = Rc::into_inner(io).filter(|_| lingers) {
         linger(io.into_inner().into_parts().0, &[]).await;

@@ -5,7 +5,7 @@
 
 use std::{
     future::{Future, poll_fn},
-    pin::{Pin, pin},
+    pin::Pin,
     task::{Context, Poll, ready},
     time::SystemTime,
 };
@@ -77,12 +77,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Streams<T> {
 
 /// Waits for an answer, and sends the interim ones before it. `None`: the client took its request
 /// back.
+///
+/// The future is where its caller has it: moved into this one, it would take its thousands of bytes
+/// twice.
 pub(super) async fn answered<F: Future>(
     reply: &mut SendResponse<Bytes>,
     conn: &Conn,
-    answer: F,
+    mut answer: Pin<&mut F>,
 ) -> Option<F::Output> {
-    let mut answer = pin!(answer);
     let mut sent = 0;
     poll_fn(|cx| {
         conn.wake_for_interim(cx.waker());

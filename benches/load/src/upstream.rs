@@ -9,7 +9,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
 };
@@ -35,6 +35,8 @@ pub(crate) const GIBIBYTE: usize = 1 << 30;
 /// A running upstream; dropping it stops it.
 pub(crate) struct Upstream {
     pub(crate) address: SocketAddr,
+    /// Connections that it has.
+    open: Arc<AtomicUsize>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -61,7 +63,9 @@ impl Upstream {
             answers: sizes.iter().map(|&size| (size, response("", &vec![b'x'; size]))).collect(),
             on_write,
             buffer: vec![0; 256 * 1024],
+            open: Arc::default(),
         };
+        let open = Arc::clone(&serving.open);
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("upstream".into()).spawn(move || {
             if let Err(failure) = machine::pin(core).and_then(|()| serving.run(&listener, &stopped))
@@ -69,7 +73,14 @@ impl Upstream {
                 eprintln!("the upstream has stopped: {failure}");
             }
         })?;
-        Ok(Self { address, stop, thread: Some(thread) })
+        Ok(Self { address, open, stop, thread: Some(thread) })
+    }
+}
+
+impl Upstream {
+    /// Connections that it has.
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
     }
 }
 
@@ -104,6 +115,7 @@ struct Serving {
     answers: Vec<(usize, Vec<u8>)>,
     on_write: Option<OnWrite>,
     buffer: Vec<u8>,
+    open: Arc<AtomicUsize>,
 }
 
 struct Connection {
@@ -165,6 +177,7 @@ impl Serving {
                 answer: Answer::Own(Vec::new()),
                 sent: None,
             });
+            self.open.fetch_add(1, Ordering::Relaxed);
             match self.connections.get_mut(key) {
                 Some(place) => *place = connection,
                 None => self.connections.push(connection),
@@ -179,6 +192,7 @@ impl Serving {
         if !connection.turn(&mut self.buffer, &self.answers, self.on_write.as_ref()) {
             // Closing the socket takes it out of epoll.
             *place = None;
+            self.open.fetch_sub(1, Ordering::Relaxed);
             return Ok(());
         }
         let is_sending = connection.sent.is_some();

@@ -22,7 +22,7 @@ use crate::{Failure, generator::Saturation, machine};
 /// Before anything is counted: connections are opened and pools are filled.
 const WARM_UP: Duration = Duration::from_millis(200);
 /// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(10);
 const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// Connections that are opened at the same time: a listener's queue is not what is measured.
 const AT_ONCE: usize = 64;
@@ -262,13 +262,24 @@ impl Crowd {
         Ok(())
     }
 
-    /// Opens this many connections, each of which asks once for what takes long; returns when
-    /// all have sent it.
-    pub(super) fn begin(&mut self, connections: usize) -> Result<(), Failure> {
-        for _ in 0..connections {
-            self.add(1)?;
-            if self.len().is_multiple_of(AT_ONCE) {
+    /// Opens this many connections, each of which asks once for what takes long. A few at a time:
+    /// `arrived` says of how many of them the node knows.
+    pub(super) fn begin(
+        &mut self,
+        connections: usize,
+        arrived: impl Fn() -> usize,
+    ) -> Result<(), Failure> {
+        while self.len() < connections {
+            for _ in 0..AT_ONCE.min(connections - self.len()) {
+                self.add(1)?;
+            }
+            let since = Instant::now();
+            while arrived() < self.len() {
+                if since.elapsed() > PATIENCE {
+                    return Err(format!("{} of {} arrive", arrived(), self.len()).into());
+                }
                 self.step(0)?;
+                std::thread::sleep(Duration::from_millis(1));
             }
         }
         Ok(())

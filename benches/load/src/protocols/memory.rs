@@ -22,8 +22,8 @@ const QUIET: Duration = Duration::from_secs(3);
 const STEP: usize = 1024;
 const PAUSE: Duration = Duration::from_millis(250);
 /// Steps until memory is first looked at, and until it is looked at again.
-const EARLIER: usize = 20;
-const LATER: usize = 40;
+const EARLIER: usize = 12;
+const LATER: usize = 32;
 
 /// What clients do, and what each proxy had resident.
 pub(super) struct State {
@@ -59,7 +59,7 @@ impl State {
 
     fn slow(what: &'static str, way: Way, want: Want, tls: bool) -> Self {
         let kind = Kind { way, want, tls, ..KEPT };
-        let times = ["after 5 s", "after 10 s"];
+        let times = ["after 3 s", "after 8 s"];
         Self { what, kind, connections: SLOW, times, rows: Vec::new() }
     }
 
@@ -143,7 +143,9 @@ pub(crate) fn run(plan: Plan<'_>) -> Result<(String, u64), Failure> {
             look(state, 1)?;
         } else {
             for crowd in &mut crowds {
-                crowd.begin(state.connections)?;
+                // Those that the first ones left serve some of these, or are closed meanwhile.
+                let before = upstream.open().saturating_sub(FIRST * proxies.len());
+                crowd.begin(state.connections, || upstream.open().saturating_sub(before))?;
             }
             for step in 1..=LATER {
                 // So is slowness.
@@ -155,6 +157,7 @@ pub(crate) fn run(plan: Plan<'_>) -> Result<(String, u64), Failure> {
                     LATER => {
                         look(state, 1)?;
                         broken += errors;
+                        eprintln!("{}: {errors} broke", state.title());
                     }
                     _ => {}
                 }

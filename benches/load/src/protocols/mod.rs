@@ -213,7 +213,7 @@ mod tests {
         for want in [Want::Endless, Want::Upload] {
             let kind = Kind { want, tls: false, ..KEPT };
             let mut crowd = Crowd::new(upstream.address, kind).unwrap();
-            crowd.begin(8).unwrap();
+            crowd.begin(8, || upstream.open()).unwrap();
             for _ in 0..8 {
                 assert_eq!(crowd.step(1024).unwrap(), 0, "{want:?}");
             }
