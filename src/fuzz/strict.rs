@@ -112,13 +112,13 @@ pub(super) fn read_tolerantly(bytes: &[u8], side: Side<'_>) -> Reading {
 }
 
 const LF: &str = "a line that ends with LF";
-const EMPTY_LINE: &str = "an empty line before a request";
+const EMPTY_LINE: &str = "an empty line before a message";
 const EXTENSION: &str = "a chunk extension that is none";
 
 /// RFC 9112 section 2.2.
 const OF_CLIENTS: [&str; 1] = [EMPTY_LINE];
 /// Nobody stands between a node and litegate who could read it otherwise.
-const OF_NODES: [&str; 2] = [LF, EXTENSION];
+const OF_NODES: [&str; 3] = [LF, EXTENSION, EMPTY_LINE];
 
 fn read_as(bytes: &[u8], side: Side<'_>, tolerates: &'static [&'static str]) -> Reading {
     let mut reading = Reading::default();
@@ -205,8 +205,8 @@ impl<'b> Reader<'b> {
 
     fn head(&mut self, side: Side<'_>) -> Result<Message, Stop> {
         let mut line = self.line()?;
-        while line.is_empty() && matches!(side, Side::Requests) {
-            // RFC 9112 section 2.2.
+        while line.is_empty() {
+            // RFC 9112 section 2.2 has it of requests, and hyper of answers too.
             self.passes(EMPTY_LINE)?;
             line = self.line()?;
         }

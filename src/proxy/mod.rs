@@ -812,6 +812,10 @@ impl Proxy {
         if !server::are_tokens(&walk.headers) {
             return Err(Problem::Malformed);
         }
+        // RFC 9113 section 8.3.1: all but CONNECT have a path. h2 asks it of http and https alone.
+        if walk.method != Method::CONNECT && walk.uri.path().is_empty() {
+            return Err(Problem::Malformed);
+        }
         // h2 holds the body to the first of them, and a node of HTTP/1.1 to any.
         if !strict::has_one_length(&walk.headers) {
             return Err(Problem::Malformed);
