@@ -135,8 +135,9 @@ pub fn downgrade(data: &[u8]) {
     let original = Message {
         line,
         fields: usual.collect(),
-        // A head that says that nothing follows is a whole request, and passed on before anything can.
-        body: if of("content-length") == b"0" { Vec::new() } else { body.to_vec() },
+        // A head that says that nothing follows is a whole request, and passed on before anything can;
+        // what follows one that asks for a WebSocket is no body.
+        body: if is_websocket || of("content-length") == b"0" { Vec::new() } else { body.to_vec() },
         complete: true,
         ..Message::default()
     };

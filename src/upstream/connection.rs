@@ -470,7 +470,6 @@ impl AsyncRead for NodeIo {
         if !new.is_empty() {
             self.wire.answered.set(true);
             self.wire.heard.set(true);
-            self.wire.interim.see(new);
             if let Some(greeting) = &self.wire.greeting {
                 greeting.see(new);
             }
@@ -478,6 +477,7 @@ impl AsyncRead for NodeIo {
                 self.wire.split.set(true);
                 return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
             }
+            self.wire.interim.see(new);
         }
         if let Poll::Ready(Err(error)) = &result
             && !self.wire.heard.get()

@@ -97,14 +97,15 @@ impl Sniffer {
             Some(100) => self.continued.set(true),
             // The last head of the exchange: the connection becomes another protocol.
             Some(101) => return false,
-            Some(code) => {
+            Some(code) if (100..200).contains(&code) => {
                 let mut found = self.found.borrow_mut();
                 if found.len() < WAITING {
                     found.push_back(render(code, parsed.reason.unwrap_or(""), parsed.headers));
                     self.any.set(true);
                 }
             }
-            None => return false,
+            // A final head, whatever stands where its code is looked for.
+            Some(_) | None => return false,
         }
         true
     }

@@ -48,10 +48,11 @@ impl State {
         let is_empty = self.length == usize::from(crlf);
         (self.length, self.last) = (0, 0);
         if !self.begun {
-            // Empty lines before it are passed over.
-            self.begun = !is_empty;
+            // hyper passes over an empty line before a status line, which no answer has (RFC 9112
+            // section 2.1). Whoever follows the bytes beside it loses its place there.
+            self.begun = true;
             self.crlf = crlf;
-            return true;
+            return !is_empty;
         }
         if is_empty {
             self.begun = false;
@@ -105,7 +106,8 @@ mod tests {
         for (head, right) in [
             ("HTTP/1.1 200 OK\r\na: b\r\n\r\n\nbody\r\n", true),
             ("HTTP/1.1 200 OK\na: b\n\nbody\r\n", true),
-            ("\r\nHTTP/1.1 200 OK\r\n\r\n\n", true),
+            ("\r\nHTTP/1.1 200 OK\r\n\r\n\n", false),
+            ("HTTP/1.1 103 Early Hints\r\n\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", false),
             ("HTTP/1.1 200 OK\r\na: b\nc: d\r\n\r\n", false),
             ("HTTP/1.1 200 OK\r\na: b\r\n\n", false),
             ("HTTP/1.1 200 OK\na: b\r\n\n", false),
