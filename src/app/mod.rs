@@ -30,7 +30,7 @@ use crate::{
         self,
         pem::{FileError, Look},
     },
-    proxy::{Clients, Hold, LastWrites, Shared},
+    proxy::{self, Clients, Hold, LastWrites, Shared},
     server::{
         listener,
         tls::{Files, Need, Tls},
@@ -44,7 +44,7 @@ use crate::{
 pub use look::{Found, knock, look};
 use pause::{Agreement, Workers};
 pub use together::{Instances, Wish, hand_over};
-use worker::{Command, Outfit, limits, work};
+use worker::{Command, Outfit, work};
 
 mod handoff;
 #[cfg(feature = "acme")]
@@ -422,7 +422,7 @@ impl Control {
             let outfit = control.outfit(index);
             let (commands, commanded) = mpsc::channel(COMMANDS);
             let (over, done) = watch::channel(false);
-            let limits = limits(&control.config);
+            let limits = proxy::limits(&control.config);
             let thread =
                 std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
                     work(outfit, limits, commanded);

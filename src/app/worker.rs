@@ -19,7 +19,7 @@ use tokio::{
 
 use crate::{
     config::{Config, listener::Listener},
-    proxy::{Client, Clients, Parts, Place, Proxy, Shared, Write},
+    proxy::{self, Client, Clients, Parts, Place, Proxy, Shared, Write},
     server::{
         self, Accepting, ClientCertificate, Conn, Door, Handshake, Incoming, Limits, Origin,
         Reached, Refusal, drain, tls::Tls,
@@ -78,25 +78,6 @@ impl Outfit {
     }
 }
 
-/// A worker's share of the limits.
-pub(super) fn limits(config: &Config) -> Limits {
-    let limits = &config.limits;
-    Limits {
-        header_bytes: limits.header_bytes,
-        headers: limits.headers,
-        header_read: limits.header_read,
-        idle: limits.idle,
-        body_idle: limits.body_idle,
-        connections: (limits.connections / config.server.workers.get()).max(1),
-        streams: limits.streams,
-        resets: limits.resets,
-        frames: limits.frames,
-        requests: limits.requests_per_connection,
-        handshake: limits.tls_handshake,
-        handshakes: (limits.tls_handshakes / config.server.workers.get()).max(1),
-    }
-}
-
 /// A worker's share of the connections of each listener.
 pub(super) fn places(config: &Config, listeners: &[(Listener, Option<Arc<Tls>>)]) -> Vec<usize> {
     let share = |listener: &Listener| match listener.connections {
@@ -136,7 +117,7 @@ pub(super) fn work(outfit: Outfit, limits: Limits, mut commands: mpsc::Receiver<
             match command {
                 Some(Command::Use(outfit)) => {
                     let places = places(&outfit.config, &outfit.listeners);
-                    accepting.set_limits(self::limits(&outfit.config), &places);
+                    accepting.set_limits(proxy::limits(&outfit.config), &places);
                     let before = gate.proxy.replace(Rc::new(outfit.wear()));
                     former.push(Rc::downgrade(&before));
                 }
@@ -212,7 +193,7 @@ impl Gate {
 }
 
 impl server::Service for Gate {
-    type Body = crate::proxy::ResponseBody;
+    type Body = proxy::ResponseBody;
     type Client = Client;
     type Place = Place;
 

@@ -9,9 +9,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use http::{Request, Response};
-
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     sync::Semaphore,
@@ -27,11 +24,8 @@ use crate::{
         Stream,
         simulated::{Network, Socket},
     },
-    proxy::{Client, Clients, Hold, Parts, Place, Proxy, ResponseBody, Shared},
-    server::{
-        self, ClientCertificate, Conn, Door, Handshake, Incoming, Limits, Origin, ProxyProtocol,
-        Reached, Refusal,
-    },
+    proxy::{self, Clients, Hold, Parts, Proxy, Shared},
+    server::{self, Origin},
     telemetry::metrics::Metrics,
 };
 
@@ -123,11 +117,11 @@ async fn run(
         let cluster = &config.clusters[0];
         let discovery =
             discovery::start(cluster, None, None, None, metrics.discovery(&cluster.name), |_| {});
-        let gate = Rc::new(Gate(proxy(&config, &metrics, &discovery)));
+        let gate = Rc::new(wear(&config, &metrics, &discovery));
         let socket = connecting.recv().await.expect("the client connects");
         let (_trigger, drain) = server::drain::signal();
         let origin = Origin { listener: 0, peer: PEER, local: FRONT, secure: false };
-        let (limits, handshakes) = (Rc::new(Cell::new(limits(&config))), Semaphore::new(1));
+        let (limits, handshakes) = (Rc::new(Cell::new(proxy::limits(&config))), Semaphore::new(1));
         let stream = Stream::Simulated(socket);
         let mut task = JoinSet::new();
         task.spawn_local(server::run(stream, origin, gate, limits, Arc::new(handshakes), drain));
@@ -193,7 +187,7 @@ async fn serve(
 const FRONT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(10, 100, 0, 1)), 80);
 const PEER: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7)), 4711);
 
-fn proxy(config: &Arc<Config>, metrics: &Metrics, discovery: &discovery::Discovery) -> Proxy {
+fn wear(config: &Arc<Config>, metrics: &Metrics, discovery: &discovery::Discovery) -> Proxy {
     let cluster = &config.clusters[0];
     let shared = Shared {
         topology: discovery.reader.clone(),
@@ -213,69 +207,4 @@ fn proxy(config: &Arc<Config>, metrics: &Metrics, discovery: &discovery::Discove
         instance: "litegate-fuzz".into(),
         config: Arc::clone(config),
     })
-}
-
-fn limits(config: &Config) -> Limits {
-    let limits = &config.limits;
-    Limits {
-        header_bytes: limits.header_bytes,
-        headers: limits.headers,
-        header_read: limits.header_read,
-        idle: limits.idle,
-        body_idle: limits.body_idle,
-        connections: limits.connections,
-        streams: limits.streams,
-        resets: limits.resets,
-        frames: limits.frames,
-        requests: limits.requests_per_connection,
-        handshake: limits.tls_handshake,
-        handshakes: limits.tls_handshakes,
-    }
-}
-
-/// What the connection is served with.
-struct Gate(Proxy);
-
-impl server::Service for Gate {
-    type Body = ResponseBody;
-    type Client = Client;
-    type Place = Place;
-
-    fn door(&self, _origin: &Origin) -> Door {
-        Door { proxy_protocol: ProxyProtocol::Off, tls: None, http1: true, h2: true }
-    }
-
-    fn admit(&self, origin: &Origin) -> Option<Place> {
-        self.0.admit(origin)
-    }
-
-    fn opened(
-        &self,
-        origin: Origin,
-        certificate: Option<ClientCertificate>,
-        place: Place,
-    ) -> Client {
-        self.0.client(origin, certificate.as_ref(), place)
-    }
-
-    fn shook_hands(&self, listener: usize, how: Handshake) {
-        self.0.shook_hands(listener, how);
-    }
-
-    fn reached(&self, limit: Reached) {
-        self.0.reached(limit);
-    }
-
-    async fn call(
-        &self,
-        client: &Rc<Client>,
-        conn: &Rc<Conn>,
-        request: Request<Incoming>,
-    ) -> Response<Self::Body> {
-        self.0.call(client, conn, request).await
-    }
-
-    fn refused(&self, client: &Client, refusal: &Refusal<'_>) -> Bytes {
-        self.0.refused(client, refusal)
-    }
 }

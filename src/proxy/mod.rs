@@ -32,6 +32,7 @@ pub use self::{
     cluster::Shared,
     hold::{Hold, Pause, Write},
     relay::ResponseBody,
+    service::limits,
 };
 use crate::{
     config::{
@@ -81,6 +82,7 @@ mod hold;
 mod outcome;
 mod refusal;
 mod relay;
+mod service;
 mod session;
 mod tokens;
 mod turn;

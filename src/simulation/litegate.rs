@@ -11,8 +11,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use http::{Request, Response};
 use tokio::{sync::Semaphore, task::JoinSet, time::interval};
 
 use super::{
@@ -23,11 +21,8 @@ use crate::{
     config::{self, Config},
     discovery::{self, Discovery, Observer},
     net::Stream,
-    proxy::{Client, Clients, Hold, Parts, Place, Proxy, ResponseBody, Shared},
-    server::{
-        self, ClientCertificate, Conn, Door, Handshake, Incoming, Limits, Origin, ProxyProtocol,
-        Reached, Refusal,
-    },
+    proxy::{self, Clients, Hold, Parts, Proxy, Shared},
+    server::{self, Limits, Origin},
     telemetry::metrics::Metrics,
     topology::{Change, Member, Saw, Source, Topology, watch},
 };
@@ -164,13 +159,18 @@ impl Litegate {
             instance: format!("litegate-{instance}").into(),
             config: Arc::clone(&config),
         };
-        let gate = Rc::new(Gate(Proxy::new(parts)));
-        tasks.spawn_local(accept(Rc::clone(world), instance, Rc::clone(&gate), limits(&config)));
+        let gate = Rc::new(Proxy::new(parts));
+        tasks.spawn_local(accept(
+            Rc::clone(world),
+            instance,
+            Rc::clone(&gate),
+            proxy::limits(&config),
+        ));
         tasks.spawn_local(async move {
             let mut second = interval(Duration::from_secs(1));
             loop {
                 second.tick().await;
-                gate.0.tidy();
+                gate.tidy();
             }
         });
         let its = Rc::clone(world);
@@ -216,25 +216,7 @@ impl Litegate {
     }
 }
 
-fn limits(config: &Config) -> Limits {
-    let limits = &config.limits;
-    Limits {
-        header_bytes: limits.header_bytes,
-        headers: limits.headers,
-        header_read: limits.header_read,
-        idle: limits.idle,
-        body_idle: limits.body_idle,
-        connections: limits.connections,
-        streams: limits.streams,
-        resets: limits.resets,
-        frames: limits.frames,
-        requests: limits.requests_per_connection,
-        handshake: limits.tls_handshake,
-        handshakes: limits.tls_handshakes,
-    }
-}
-
-async fn accept(world: Rc<World>, instance: usize, gate: Rc<Gate>, limits: Limits) {
+async fn accept(world: Rc<World>, instance: usize, gate: Rc<Proxy>, limits: Limits) {
     let mut accepted = world.network.listen([front(instance)]);
     let handshakes = Arc::new(Semaphore::new(1));
     let limits = Rc::new(std::cell::Cell::new(limits));
@@ -305,52 +287,5 @@ fn elect(topology: &mut Topology, name: Option<String>) {
         } else {
             crate::topology::Role::Replica
         };
-    }
-}
-
-/// What connections are served with.
-struct Gate(Proxy);
-
-impl server::Service for Gate {
-    type Body = ResponseBody;
-    type Client = Client;
-    type Place = Place;
-
-    fn door(&self, _origin: &Origin) -> Door {
-        Door { proxy_protocol: ProxyProtocol::Off, tls: None, http1: true, h2: false }
-    }
-
-    fn admit(&self, origin: &Origin) -> Option<Place> {
-        self.0.admit(origin)
-    }
-
-    fn opened(
-        &self,
-        origin: Origin,
-        certificate: Option<ClientCertificate>,
-        place: Place,
-    ) -> Client {
-        self.0.client(origin, certificate.as_ref(), place)
-    }
-
-    fn shook_hands(&self, listener: usize, how: Handshake) {
-        self.0.shook_hands(listener, how);
-    }
-
-    fn reached(&self, limit: Reached) {
-        self.0.reached(limit);
-    }
-
-    async fn call(
-        &self,
-        client: &Rc<Client>,
-        conn: &Rc<Conn>,
-        request: Request<Incoming>,
-    ) -> Response<Self::Body> {
-        self.0.call(client, conn, request).await
-    }
-
-    fn refused(&self, client: &Client, refusal: &Refusal<'_>) -> Bytes {
-        self.0.refused(client, refusal)
     }
 }
