@@ -9,6 +9,7 @@ use litegate::{
         Cluster, Options,
         client::{self, Response},
     },
+    topology::Node,
 };
 use tokio::time::{Instant, timeout};
 
@@ -269,7 +270,9 @@ async fn without_litefs_s_proxy_the_position_is_read_from_the_primary() {
         text = text.replace(&format!("address = \"{proxy}\""), &format!("address = \"{app}\""));
     }
     let gate = Gate::before(cluster, &text);
-    gate.until(|topology| topology.primary.is_some()).await;
+    // Before its feed is there, nobody can say whose an exact position is.
+    let is_followed = |node: &Node| node.progress.get().incarnation.is_some();
+    gate.until(|topology| topology.primary().is_some_and(is_followed)).await;
     let mut client = Client::default();
     let written = client.ask(gate.address(), "POST", "/kv/a", "").await;
     assert!(client.cookie("__txid").is_some(), "as LiteFS would have: {:?}", written.fields);
