@@ -1,6 +1,12 @@
 //! A litegate in this process, before a fake cluster.
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
 
 use litegate::{
     app::{self, Running},
@@ -10,6 +16,7 @@ use litegate::{
         client::{self, Conn, Response},
     },
 };
+use tokio::task::JoinHandle;
 
 /// Cluster and gate, stopped when dropped.
 pub(crate) struct Gate {
@@ -166,4 +173,50 @@ members = {{ type = "static", nodes = [{nodes}] }}
 {keys}
 "#
     )
+}
+
+/// Six clients that write, each key once, and read, and that nothing may fail.
+pub(crate) struct Writers {
+    stop: Arc<AtomicBool>,
+    clients: Vec<JoinHandle<usize>>,
+}
+
+impl Writers {
+    /// Through these litegates in turn; `query` goes behind each write's target.
+    pub(crate) fn start(addresses: &[SocketAddr], query: &'static str) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let client = |client: usize| {
+            let (address, stop) = (addresses[client % addresses.len()], Arc::clone(&stop));
+            tokio::spawn(async move {
+                let mut conn = Conn::open(address).await.expect("litegate listens");
+                let mut written = 0;
+                while !stop.load(Relaxed) {
+                    let target = format!("/kv/{client}-{written}{query}");
+                    let answer = conn.request("POST", &target, "", b"x").await.expect("an answer");
+                    assert_eq!(answer.status, 200, "{target}: {}", answer.text());
+                    written += 1;
+                    let read = conn.request("GET", "/kv/first", "", b"").await.expect("an answer");
+                    assert_eq!(read.status, 200);
+                }
+                written
+            })
+        };
+        Self { clients: (0..6).map(client).collect(), stop }
+    }
+
+    /// Each of their writes, and the one before them, ran once and is on node `primary`.
+    pub(crate) async fn finish(self, cluster: &Cluster, primary: usize) {
+        self.stop.store(true, Relaxed);
+        let mut all = 0;
+        for client in self.clients {
+            all += client.await.expect("it failed nothing");
+        }
+        cluster.settled().await;
+        let ledger = cluster.ledger();
+        assert_eq!(ledger.len(), all + 1, "each ran");
+        for (key, written) in &ledger {
+            assert_eq!(written.on.len(), 1, "{key} ran {:?}", written.on);
+            assert_eq!(cluster.count(primary, key), 1, "{key} is lost");
+        }
+    }
 }

@@ -1,21 +1,14 @@
 //! The planned hand-over: nobody notices, and whatever goes wrong the writes go on.
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
-    time::Duration,
-};
+use std::time::Duration;
 
 use litegate::testkit::{
     Options,
-    client::{self, Conn, Response},
+    client::{self, Response},
 };
 use tokio::time::{Instant, timeout};
 
-use crate::gate::Gate;
+use crate::gate::{Gate, Writers};
 
 const LITEFS: &str = r#"primary = { type = "litefs", poll = "100ms" }"#;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -39,25 +32,7 @@ async fn hand_over(gate: &Gate, query: &str) -> (u16, serde_json::Value) {
 #[tokio::test]
 async fn under_load_it_loses_and_fails_nothing() {
     let gate = gate(Options { replication: Duration::from_millis(30), ..Options::default() }).await;
-    let (address, stop) = (gate.address(), Arc::new(AtomicBool::new(false)));
-    let clients: Vec<_> = (0..6)
-        .map(|client| {
-            let stop = Arc::clone(&stop);
-            tokio::spawn(async move {
-                let mut conn = Conn::open(address).await.expect("litegate listens");
-                let mut written = 0;
-                while !stop.load(Relaxed) {
-                    let target = format!("/kv/{client}-{written}");
-                    let answer = conn.request("POST", &target, "", b"x").await.expect("an answer");
-                    assert_eq!(answer.status, 200, "{target}: {}", answer.text());
-                    written += 1;
-                    let read = conn.request("GET", "/kv/first", "", b"").await.expect("an answer");
-                    assert_eq!(read.status, 200);
-                }
-                written
-            })
-        })
-        .collect();
+    let writers = Writers::start(&[gate.address()], "");
     let mut primary = 0;
     for to in [2, 1, 0] {
         let (status, report) = hand_over(&gate, &format!("to=app-{to}&from=app-{primary}")).await;
@@ -66,18 +41,7 @@ async fn under_load_it_loses_and_fails_nothing() {
         assert_eq!(gate.cluster.primary(), Some(to));
         primary = to;
     }
-    stop.store(true, Relaxed);
-    let mut all = 0;
-    for client in clients {
-        all += client.await.expect("it failed nothing");
-    }
-    gate.cluster.settled().await;
-    let ledger: BTreeMap<_, _> = gate.cluster.ledger();
-    assert_eq!(ledger.len(), all + 1, "each ran");
-    for (key, written) in &ledger {
-        assert_eq!(written.on.len(), 1, "{key} ran {:?}", written.on);
-        assert_eq!(gate.cluster.count(primary, key), 1, "{key} is lost");
-    }
+    writers.finish(&gate.cluster, primary).await;
 }
 
 #[tokio::test]

@@ -1,24 +1,17 @@
 //! A hand-over while two litegates write: both hold first, or nothing is handed over.
 
-use std::{
-    process::Stdio,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
-    time::Duration,
-};
+use std::{process::Stdio, time::Duration};
 
 use litegate::{
     config::load,
     testkit::{
         Options,
-        client::{self, Conn, Response},
+        client::{self, Response},
     },
 };
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::gate::{Gate, config};
+use crate::gate::{Gate, Writers, config};
 
 const LITEFS: &str = r#"primary = { type = "litefs", poll = "100ms" }"#;
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -102,25 +95,7 @@ async fn nothing_happened(gates: &[Gate; 2]) {
 async fn under_load_through_both_it_loses_and_fails_nothing() {
     let gates =
         both(Options { replication: Duration::from_millis(30), ..Options::default() }).await;
-    let stop = Arc::new(AtomicBool::new(false));
-    let clients: Vec<_> = (0..6)
-        .map(|client| {
-            let (address, stop) = (gates[client % 2].address(), Arc::clone(&stop));
-            tokio::spawn(async move {
-                let mut conn = Conn::open(address).await.expect("litegate listens");
-                let mut written = 0;
-                while !stop.load(Relaxed) {
-                    let target = format!("/kv/{client}-{written}?wait=3");
-                    let answer = conn.request("POST", &target, "", b"x").await.expect("an answer");
-                    assert_eq!(answer.status, 200, "{target}: {}", answer.text());
-                    written += 1;
-                    let read = conn.request("GET", "/kv/first", "", b"").await.expect("an answer");
-                    assert_eq!(read.status, 200);
-                }
-                written
-            })
-        })
-        .collect();
+    let writers = Writers::start(&[gates[0].address(), gates[1].address()], "?wait=3");
     for (from, to) in [("app-0", "app-2"), ("app-2", "app-1"), ("app-1", "app-0")] {
         let (code, said) = run(handoff(&gates, &["--from", from, "--to", to])).await;
         assert!(
@@ -134,18 +109,7 @@ async fn under_load_through_both_it_loses_and_fails_nothing() {
             assert!(!is_holding(gate).await, "it goes on when the program has ended");
         }
     }
-    stop.store(true, Relaxed);
-    let mut all = 0;
-    for client in clients {
-        all += client.await.expect("it failed nothing");
-    }
-    gates[0].cluster.settled().await;
-    let ledger = gates[0].cluster.ledger();
-    assert_eq!(ledger.len(), all + 1, "each ran");
-    for (key, written) in &ledger {
-        assert_eq!(written.on.len(), 1, "{key} ran {:?}", written.on);
-        assert_eq!(gates[0].cluster.count(0, key), 1, "{key} is lost");
-    }
+    writers.finish(&gates[0].cluster, 0).await;
 }
 
 #[tokio::test]
