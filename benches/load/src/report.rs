@@ -113,13 +113,36 @@ impl Row {
         Spread::of(self.saturations.iter().map(Saturation::speed))
     }
 
-    fn busy(&self) -> f64 {
+    pub(crate) fn busy(&self) -> f64 {
         Spread::of(self.saturations.iter().map(Saturation::busy)).map_or(0.0, |busy| busy.median)
     }
 
     fn errors(&self) -> u64 {
         self.saturations.iter().map(|round| round.errors).sum::<u64>()
             + self.latencies.iter().map(|round| round.errors).sum::<u64>()
+    }
+}
+
+/// What each contender used and did while it was asked as fast as it answers; `speed` is what its
+/// answers in a second are called.
+pub(crate) fn saturation(page: &mut String, title: &str, speed: &str, rows: &[Row], peer: &str) {
+    let _ = writeln!(
+        page,
+        "\n## {title}\n\n| | CPU µs | × | {speed} | × | busy % |\n|---|---|---|---|---|---|"
+    );
+    let peer = rows.iter().find(|row| row.name == peer);
+    for row in rows {
+        let (Some(cost), Some(speed)) = (row.cost(), row.speed()) else { continue };
+        let _ = writeln!(
+            page,
+            "| {} | {} | {} | {} | {} | {:.0} |",
+            row.name,
+            cost.show(1),
+            ratio(cost.median, peer.and_then(Row::cost).map(|cost| cost.median)),
+            speed.show(0),
+            ratio(speed.median, peer.and_then(Row::speed).map(|speed| speed.median)),
+            row.busy(),
+        );
     }
 }
 
@@ -134,7 +157,7 @@ impl Section {
 const PERCENTILES: [(&str, f64); 4] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999)];
 
 /// How much of its core a proxy uses when it is what limits the requests, in percent.
-const SATURATED: f64 = 90.0;
+pub(crate) const SATURATED: f64 = 90.0;
 /// What the upstream alone must serve, as a multiple of the fastest proxy.
 const RESERVE: f64 = 2.0;
 
@@ -197,25 +220,8 @@ impl Results {
 
 impl Section {
     fn write(&self, page: &mut String, peer: &str) {
-        let _ = writeln!(
-            page,
-            "\n## {}\n\n| | CPU µs | × | requests/s | × | busy % |\n|---|---|---|---|---|---|",
-            self.title
-        );
+        saturation(page, self.title, "requests/s", &self.rows, peer);
         let peer = self.rows.iter().find(|row| row.name == peer);
-        for row in &self.rows {
-            let (Some(cost), Some(speed)) = (row.cost(), row.speed()) else { continue };
-            let _ = writeln!(
-                page,
-                "| {} | {} | {} | {} | {} | {:.0} |",
-                row.name,
-                cost.show(1),
-                ratio(cost.median, peer.and_then(Row::cost).map(|cost| cost.median)),
-                speed.show(0),
-                ratio(speed.median, peer.and_then(Row::speed).map(|speed| speed.median)),
-                row.busy(),
-            );
-        }
         for row in self.rows.iter().filter(|row| row.busy() < SATURATED) {
             let _ = writeln!(
                 page,

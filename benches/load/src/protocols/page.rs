@@ -5,12 +5,9 @@ use std::fmt::Write as _;
 use super::memory::State;
 use crate::{
     contender::PEER,
-    generator::Saturation,
-    report::{Row, Spread, ratio},
+    report::{self, Row, SATURATED, ratio},
 };
 
-/// How much of its core a proxy uses when it is what limits the requests, in percent.
-const SATURATED: f64 = 90.0;
 /// What litegate may cost, as a multiple of HAProxy.
 const DEAREST: f64 = 1.0;
 
@@ -50,30 +47,8 @@ pub(super) fn markdown(header: &[String], sections: &[Section]) -> String {
 
 impl Section {
     fn write(&self, page: &mut String) {
-        let _ = writeln!(
-            page,
-            "\n## {}\n\n| | CPU µs | × | per second | × | busy % |\n|---|---|---|---|---|---|",
-            self.title
-        );
-        let busy = |row: &Row| {
-            let rounds = row.saturations.iter().map(Saturation::busy);
-            Spread::of(rounds).map_or(0.0, |busy| busy.median)
-        };
-        let peer = self.rows.iter().find(|row| row.name == PEER);
-        for row in &self.rows {
-            let (Some(cost), Some(speed)) = (row.cost(), row.speed()) else { continue };
-            let _ = writeln!(
-                page,
-                "| {} | {} | {} | {} | {} | {:.0} |",
-                row.name,
-                cost.show(1),
-                ratio(cost.median, peer.and_then(Row::cost).map(|cost| cost.median)),
-                speed.show(0),
-                ratio(speed.median, peer.and_then(Row::speed).map(|speed| speed.median)),
-                busy(row),
-            );
-        }
-        for row in self.rows.iter().filter(|row| busy(row) < SATURATED) {
+        report::saturation(page, self.title, "per second", &self.rows, PEER);
+        for row in self.rows.iter().filter(|row| row.busy() < SATURATED) {
             let _ = writeln!(
                 page,
                 "\n{} was not saturated: the clients or somebody else used the other core, and an \
