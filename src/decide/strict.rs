@@ -114,6 +114,7 @@ pub fn is_underscored(name: &HeaderName) -> bool {
 
 /// Which fields of a request want a look: seldom any, so that one pass over the names will do.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is there or not, whatever the others are")]
 pub struct Peculiar {
     /// `Transfer-Encoding`: see [`coding`].
     pub coded: bool,
@@ -121,6 +122,8 @@ pub struct Peculiar {
     pub expects: bool,
     /// See [`is_underscored`].
     pub underscored: bool,
+    /// Named `Litegate-…`: a client's wish, or its token.
+    pub addressed: bool,
 }
 
 impl Peculiar {
@@ -131,6 +134,7 @@ impl Peculiar {
             seen.coded |= *name == header::TRANSFER_ENCODING;
             seen.expects |= *name == header::EXPECT;
             seen.underscored |= is_underscored(name);
+            seen.addressed |= name.as_str().starts_with("litegate-");
         }
         seen
     }
@@ -225,6 +229,7 @@ mod tests {
         let of = |name| Peculiar::of(&head(&[("host", "a"), (name, "b")]));
         assert_eq!(of("x-a"), Peculiar::default());
         assert!(of("transfer-encoding").coded && of("expect").expects && of("x_a").underscored);
+        assert!(of("litegate-token").addressed);
     }
 
     #[test]

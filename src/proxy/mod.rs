@@ -327,6 +327,7 @@ impl Proxy {
             request: None,
             held: Duration::ZERO,
             host: None,
+            speaks: false,
             upgrade: false,
             protocol: parts.extensions.remove(),
             preferred: None,
@@ -428,8 +429,16 @@ impl Proxy {
         let cookie = cluster.cookie(secure);
         walk.scope =
             route.causal.map(|scope| decide::route::scope(scope, route.index, walk.uri.path()));
-        walk.session =
-            session::of(&walk.headers, trusted, cluster, cookie, walk.scope, &mut request).await?;
+        walk.session = session::of(
+            &walk.headers,
+            walk.speaks,
+            trusted,
+            cluster,
+            cookie,
+            walk.scope,
+            &mut request,
+        )
+        .await?;
         walk.request = Some(request);
         if walk.client.peer.trusted && request.class == Class::Read {
             walk.preferred = walk.headers.get(&PREFER_INSTANCE).cloned();
@@ -485,6 +494,7 @@ impl Proxy {
                     Some(session) if session.unread => {
                         walk.session = session::of(
                             &walk.headers,
+                            walk.speaks,
                             trusted,
                             cluster,
                             cookie,
@@ -722,6 +732,7 @@ impl Proxy {
             return Err(Problem::MethodRefused);
         }
         let peculiar = Peculiar::of(&walk.headers);
+        walk.speaks = peculiar.addressed;
         if peculiar.coded {
             strict::coding(&walk.headers)?;
         }
@@ -1256,6 +1267,8 @@ struct Walk<'p> {
     /// As the client sent them.
     headers: http::HeaderMap,
     host: Option<HeaderValue>,
+    /// Some field is addressed to litegate.
+    speaks: bool,
     upgrade: bool,
     /// What an extended CONNECT wants to become.
     protocol: Option<Protocol>,

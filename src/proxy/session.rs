@@ -59,12 +59,13 @@ pub(super) fn unix_millis() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Reads what `headers` carry for this cluster. What a read has to find is noted in `request`.
+/// Reads what `headers` carry for this cluster; `speaks`: some are named `Litegate-…`. What a read has to find is noted in `request`.
 ///
 /// # Errors
 /// [`Problem::BadDemand`].
 pub(super) async fn of(
     headers: &HeaderMap,
+    speaks: bool,
     trusted: bool,
     cluster: &Cluster,
     cookie: &str,
@@ -72,8 +73,6 @@ pub(super) async fn of(
     request: &mut decide::Request,
 ) -> Result<Option<Box<Session>>, Problem> {
     let rules = &cluster.config.consistency;
-    // One look at the names instead of one for each of the fields.
-    let speaks = headers.keys().any(|name| name.as_str().starts_with("litegate-"));
     let is_heeded = match rules.on_request {
         OnRequest::Any => speaks,
         OnRequest::Trusted => speaks && trusted,
