@@ -22,6 +22,9 @@ pub struct Limits {
     pub requests_per_connection: usize,
     /// `body_idle`: no byte of a request body came, or none of a response was taken.
     pub body_idle: Duration,
+    /// `body_rate`: bytes a second of a request body whose length is known. Zero: any. Under it, once
+    /// the patience of `body_idle` is used up: 408, closed.
+    pub body_rate: usize,
     /// `connections`: clients connected at once, shared out evenly among the workers. Over it:
     /// the connection waits in the kernel's backlog.
     pub connections: usize,
@@ -146,6 +149,8 @@ limits! {
     RequestsPerConnection = "requests_per_connection";
     /// A body stopped coming, or an answer being taken.
     BodyIdle = "body_idle";
+    /// A body came too slowly.
+    BodyRate = "body_rate";
     /// A worker stopped accepting until one of its connections ends.
     Connections = "connections";
     /// The same, at one listener.

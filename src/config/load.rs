@@ -415,6 +415,7 @@ fn limits(mut section: Section) -> Limits {
         idle: section.duration("idle", secs(60)),
         requests_per_connection: section.count("requests_per_connection", 0, 0),
         body_idle: section.duration("body_idle", secs(30)),
+        body_rate: section.size("body_rate", 240),
         connections: section.count("connections", 1, 20_000),
         replay_bytes: section.size("replay_bytes", 64 << 20),
         tls_handshake: section.duration("tls_handshake", secs(10)),

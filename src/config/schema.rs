@@ -111,7 +111,8 @@ pub fn schema() -> Value {
         "access_log": table(json!({ "format": words(&["text", "json", "off"]), "output": text })),
         "limits": table(json!({
             "header_bytes": size, "headers": count, "uri_bytes": size, "header_read": duration,
-            "idle": duration, "body_idle": duration, "connections": count, "replay_bytes": size,
+            "idle": duration, "body_idle": duration, "body_rate": size, "connections": count,
+            "replay_bytes": size,
             "streams": count, "resets": count, "frames": count, "requests_per_connection": count,
             "tls_handshake": duration, "tls_handshakes": count,
             "underscores": words(&["drop", "refuse", "allow"]),

@@ -15,6 +15,7 @@ pub mod choose;
 pub mod classify;
 pub mod next;
 pub mod outcome;
+pub mod pace;
 pub mod path;
 pub mod problem;
 pub mod replay;

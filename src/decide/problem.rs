@@ -102,6 +102,9 @@ problems! {
     /// The body stopped coming for `limits.body_idle`.
     BodyTimeout = 408, "SL", "body_timeout", "http_request_error", Client,
         "Request timed out", "The request body stopped arriving.";
+    /// The body came more slowly than `limits.body_rate`.
+    BodySlow = 408, "SL", "body_slow", "http_request_error", Client,
+        "Request too slow", "The request body arrived too slowly.";
     /// An HTTP/2 client sent more than it may of what asks for nothing, or took back too many
     /// requests (`limits.resets`). Its connection is closed without an answer.
     Flood = 429, "FL", "flood", "http_request_denied", Client,
@@ -226,6 +229,7 @@ impl Problem {
                 | Self::UriTooLong
                 | Self::HeadTimeout
                 | Self::BodyTimeout
+                | Self::BodySlow
                 | Self::Draining
         )
     }

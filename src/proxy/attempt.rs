@@ -50,8 +50,6 @@ pub(super) struct Connected {
 pub(super) struct Places {
     /// On the node.
     pub(super) node: Place,
-    /// In the primary's lane of writes.
-    pub(super) write: Option<Place>,
     /// Among the writes that a hand-over waits for.
     pub(super) lane: Option<hold::OnItsWay>,
     /// Among the released.
@@ -114,8 +112,6 @@ pub(super) struct Try<'a> {
     pub(super) response_header: Duration,
     /// `timeouts.idle`
     pub(super) idle: Duration,
-    /// `limits.body_idle`
-    pub(super) body_idle: Duration,
     /// Whether the node is no longer what it was when it was chosen.
     pub(super) is_lost: &'a dyn Fn(Instant) -> bool,
 }
@@ -266,11 +262,8 @@ async fn exchange(
                 wire.continue_anyway();
                 cx.waker().wake_by_ref();
             }
-            if this
-                .upload
-                .is_some_and(|up| up.is_starved() && up.progress() + this.body_idle <= now)
-            {
-                client = Some(Problem::BodyTimeout);
+            if let Some(problem) = this.upload.and_then(|upload| upload.fault(cx, now)) {
+                client = Some(problem);
                 return true;
             }
             if (this.is_lost)(now) {
@@ -305,8 +298,11 @@ async fn exchange(
 impl Try<'_> {
     /// Until when the node may take: to answer once it has the request, to take more of it before.
     fn patience(&self, began: Instant) -> Instant {
+        if let Some(until) = self.upload.and_then(Upload::waits_until) {
+            return until;
+        }
         match self.upload {
-            Some(upload) if !upload.is_complete() => upload.progress() + self.idle,
+            Some(upload) if !upload.is_sent() => upload.progress() + self.idle,
             Some(upload) => upload.progress() + self.response_header,
             None => began + self.response_header,
         }

@@ -9,6 +9,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
+    future::{Future as _, poll_fn},
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
@@ -20,9 +21,13 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::turn::Turn;
+use super::{slot::Slot, turn::Turn};
 use crate::{
-    decide::strict,
+    decide::{
+        Problem,
+        pace::{self, Late, Pace},
+        strict,
+    },
     server::{BodyError, Conn, Incoming, READ_BUFFER},
     upstream::Wire,
 };
@@ -94,8 +99,10 @@ struct Shared {
     ended: Cell<bool>,
     /// The client's stream failed.
     failed: Cell<bool>,
-    /// The attempt waits for the client, not for the node.
-    starved: Cell<bool>,
+    /// How long the client is still waited for.
+    pace: Cell<Pace>,
+    /// Without it, the last of a write's body stays here.
+    slot: RefCell<Slot>,
     /// Bytes of body that came from the client.
     received: Cell<u64>,
     /// Where one more frame might not be kept, the node gets a moment to say "elsewhere" first.
@@ -113,6 +120,8 @@ struct State {
     cost: usize,
     /// How many of `kept` the current attempt has sent.
     sent: usize,
+    /// What came last from the client, as long as it was not sent: it waits behind what is kept.
+    next: Option<Polled>,
     trailers: Option<HeaderMap>,
     trailers_sent: bool,
     /// Frames are still kept.
@@ -121,6 +130,9 @@ struct State {
     lost: bool,
 }
 
+/// A frame, or the end of them.
+type Polled = Option<Result<Frame<Bytes>, BodyError>>;
+
 impl Upload {
     /// For a body that is not empty.
     pub fn new(
@@ -128,8 +140,12 @@ impl Upload {
         conn: Rc<Conn>,
         budget: Rc<Budget>,
         limit: usize,
+        mut pace: pace::Rules,
         now: Instant,
     ) -> Self {
+        if source.size_hint().exact().is_none() {
+            pace.rate = 0;
+        }
         Self(Rc::new(Shared {
             conn,
             state: RefCell::new(State {
@@ -137,6 +153,7 @@ impl Upload {
                 kept: VecDeque::new(),
                 cost: 0,
                 sent: 0,
+                next: None,
                 trailers: None,
                 trailers_sent: false,
                 keeping: limit > 0,
@@ -147,7 +164,8 @@ impl Upload {
             progress: Cell::new(now),
             ended: Cell::new(false),
             failed: Cell::new(false),
-            starved: Cell::new(false),
+            pace: Cell::new(Pace::new(pace)),
+            slot: RefCell::default(),
             received: Cell::new(0),
             pause: RefCell::default(),
             paused: Cell::new(false),
@@ -163,6 +181,10 @@ impl Upload {
         *self.0.pause.borrow_mut() = None;
         state.sent = 0;
         state.trailers_sent = false;
+        if state.keeping {
+            // It is among what is kept, unless it is the failure.
+            state.next.take_if(|next| !matches!(next, Some(Err(_))));
+        }
         self.0.progress.set(now);
         RequestBody(Some(Reader { shared: Rc::clone(&self.0), wire, expects_continue }))
     }
@@ -172,30 +194,89 @@ impl Upload {
     pub fn poll_ahead(&self, cx: &mut Context<'_>) -> Poll<std::convert::Infallible> {
         let shared = &self.0;
         let state = &mut *shared.state.borrow_mut();
-        while state.keeping && !shared.ended.get() && state.cost + AHEAD <= shared.limit {
-            match Pin::new(&mut state.source).poll_frame(cx) {
-                Poll::Pending => break,
-                Poll::Ready(Some(Ok(frame))) => {
-                    if let Some(data) = frame.data_ref() {
-                        shared.received.set(shared.received.get() + data.len() as u64);
-                        shared.keep(state, data);
-                    } else if let Ok(mut trailers) = frame.into_trailers() {
-                        strict::trailers(&mut trailers);
-                        state.trailers = Some(trailers);
-                        shared.end();
-                    }
-                }
-                Poll::Ready(Some(Err(_))) => {
-                    shared.failed.set(true);
-                    break;
-                }
-                Poll::Ready(None) => shared.end(),
-            }
-            if state.source.is_end_stream() {
-                shared.end();
+        while state.keeping
+            && !shared.ended.get()
+            && !shared.failed.get()
+            && !shared.may_exceed(state)
+        {
+            // Nothing of it is with a node.
+            state.sent = 0;
+            let Poll::Ready(next) = shared.poll_source(state, cx) else { return Poll::Pending };
+            state.sent = 0;
+            if !state.keeping || shared.failed.get() {
+                // The attempt meets it in its place.
+                state.next = Some(next);
             }
         }
+        shared.rests();
         Poll::Pending
+    }
+
+    /// Reads ahead until the whole body is here, more of it might not be kept, or `until`, which is
+    /// for a body that a client is still making. Returns the time if it had to be waited for.
+    pub async fn gather(&self, until: Instant) -> Option<Instant> {
+        let (shared, has_length) = (&self.0, self.has_length());
+        let mut waited = 0;
+        poll_fn(|cx| {
+            let _ = self.poll_ahead(cx);
+            if !shared.pace.get().is_waiting() || (!has_length && waited > 0) {
+                return Poll::Ready(());
+            }
+            match waited {
+                // What came with the head is here as soon as HTTP/1.1's machinery hears of the wish.
+                0 => cx.waker().wake_by_ref(),
+                1 => shared.conn.set_deadline(Some(until)),
+                _ if shared.conn.deadline_passed() => {
+                    if Instant::now() >= until {
+                        return Poll::Ready(());
+                    }
+                    shared.conn.set_deadline(Some(until));
+                }
+                _ => {}
+            }
+            waited = 2.min(waited + 1);
+            Poll::Pending
+        })
+        .await;
+        if waited > 1 {
+            shared.conn.set_deadline(None);
+        }
+        (waited > 0).then(Instant::now)
+    }
+
+    /// The slot that the last of the body waits for, from now on.
+    pub fn set_slot(&self, slot: Slot) {
+        // What was there may hand its place to somebody, and is dropped when this is not borrowed.
+        drop(self.0.slot.replace(slot));
+    }
+
+    /// Until when the last of it waits for a slot, if it does.
+    pub fn waits_until(&self) -> Option<Instant> {
+        self.0.slot.borrow().waits_until()
+    }
+
+    /// Why there is no more to be waited for, if so.
+    pub fn fault(&self, cx: &mut Context<'_>, now: Instant) -> Option<Problem> {
+        if self.waits_until().is_some_and(|until| until <= now) {
+            return Some(Problem::WritesFull);
+        }
+        let late = self.0.pace.get().late(now.into_std())?;
+        let state = &mut *self.0.state.borrow_mut();
+        if state.next.is_some() || self.0.ended.get() {
+            self.0.pace.set(self.0.pace.get().forgiven());
+            return None;
+        }
+        // The node takes no more, and perhaps nobody has asked the client since.
+        let before = self.0.pace.get();
+        if let Poll::Ready(next) = self.0.poll_source(state, cx) {
+            state.next = Some(next);
+            self.0.pace.set(before.forgiven());
+            return None;
+        }
+        Some(match late {
+            Late::Silent => Problem::BodyTimeout,
+            Late::Slow => Problem::BodySlow,
+        })
     }
 
     /// Whether another attempt would be sent the whole body.
@@ -225,8 +306,9 @@ impl Upload {
     /// How much of it may be kept while it waits: all of it, or as much as is kept of any.
     pub fn expected(&self, most: usize) -> usize {
         let state = self.0.state.borrow();
-        let length = state.source.size_hint().exact().map(usize::try_from);
-        length.and_then(Result::ok).map_or(most, |length| length.min(most))
+        let rest = state.source.size_hint().exact().map(usize::try_from);
+        let kept: usize = state.kept.iter().map(Bytes::len).sum();
+        rest.and_then(Result::ok).map_or(most, |rest| rest.saturating_add(kept).min(most))
     }
 
     /// Whether the client's stream came to its end.
@@ -239,9 +321,9 @@ impl Upload {
         self.0.failed.get()
     }
 
-    /// Whether the attempt waits for the client rather than for the node.
-    pub fn is_starved(&self) -> bool {
-        self.0.starved.get()
+    /// Whether the node got all of it.
+    pub fn is_sent(&self) -> bool {
+        self.0.ended.get() && self.0.state.borrow().next.is_none()
     }
 
     /// When it last got on.
@@ -278,63 +360,91 @@ impl Shared {
             state.sent += 1;
         } else {
             state.keeping = false;
-            state.lost = true;
-            state.kept.clear();
+            state.lost |= state.sent > 0;
+            state.kept.drain(..state.sent);
             state.sent = 0;
             self.release(state);
         }
     }
 
-    fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    /// The next frame for the node.
+    fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Polled> {
         let state = &mut *self.state.borrow_mut();
         if let Some(kept) = state.kept.get(state.sent) {
+            if self.ended.get() && state.sent + 1 == state.kept.len() {
+                ready!(self.slot.borrow_mut().poll(cx));
+            }
             let data = kept.clone();
             if state.keeping {
                 state.sent += 1;
             } else {
                 state.kept.pop_front();
+                state.lost = true;
                 self.release(state);
             }
             self.progress.set(Instant::now());
             return Poll::Ready(Some(Ok(Frame::data(data))));
         }
-        if self.ended.get() {
-            let trailers = state.trailers.clone().filter(|_| !state.trailers_sent);
-            state.trailers_sent = true;
-            return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
+        if state.next.is_none() {
+            if self.ended.get() {
+                ready!(self.slot.borrow_mut().poll(cx));
+                let trailers = state.trailers.clone().filter(|_| !state.trailers_sent);
+                state.trailers_sent = true;
+                return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
+            }
+            if self.poll_pause(state, cx).is_pending() || self.turn.poll_mine(cx).is_pending() {
+                self.rests();
+                return Poll::Pending;
+            }
+            state.next = Some(ready!(self.poll_source(state, cx)));
+            if let Some(Some(Ok(frame))) = &state.next {
+                self.turn.moved(frame.data_ref().map_or(0, Bytes::len));
+            }
         }
+        if self.ended.get() {
+            ready!(self.slot.borrow_mut().poll(cx));
+        }
+        let next = state.next.take().flatten();
+        if let Some(Ok(frame)) = &next {
+            state.trailers_sent |= frame.is_trailers();
+            state.lost |= !state.keeping && frame.data_ref().is_some_and(|data| !data.is_empty());
+        }
+        self.progress.set(Instant::now());
+        Poll::Ready(next)
+    }
+
+    /// Gives a node a moment to refuse where more than is kept would be sent.
+    fn poll_pause(&self, state: &State, cx: &mut Context<'_>) -> Poll<()> {
         if state.keeping && !self.paused.get() && self.may_exceed(state) {
             let mut pause = self.pause.borrow_mut();
             let pause = pause.get_or_insert_with(|| Box::pin(sleep(PAUSE)));
-            if pause.as_mut().poll(cx).is_pending() {
-                return Poll::Pending;
-            }
+            ready!(pause.as_mut().poll(cx));
             self.paused.set(true);
         }
-        ready!(self.turn.poll_mine(cx));
+        Poll::Ready(())
+    }
+
+    /// What comes next from the client. What of it is kept counts as sent, and trailers do not.
+    fn poll_source(&self, state: &mut State, cx: &mut Context<'_>) -> Poll<Polled> {
         let polled = Pin::new(&mut state.source).poll_frame(cx);
-        self.starved.set(polled.is_pending());
-        self.conn.waits_for_body(polled.is_pending());
-        let Poll::Ready(mut frame) = polled else { return Poll::Pending };
-        self.progress.set(Instant::now());
-        if let Some(Ok(frame)) = &mut frame
-            && let Some(trailers) = frame.trailers_mut()
-        {
-            strict::trailers(trailers);
-        }
-        match &frame {
+        let Poll::Ready(mut frame) = polled else {
+            if !self.pace.get().is_waiting() {
+                self.pace.set(self.pace.get().waits(Instant::now().into_std()));
+                self.conn.awaits_body(self.pace.get().due().map(Instant::from_std));
+            }
+            return Poll::Pending;
+        };
+        self.came(frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()));
+        match &mut frame {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     self.received.set(self.received.get() + data.len() as u64);
-                    self.turn.moved(data.len());
                     if state.keeping {
                         self.keep(state, data);
-                    } else if !data.is_empty() {
-                        state.lost = true;
                     }
-                } else if let Some(trailers) = frame.trailers_ref() {
+                } else if let Some(trailers) = frame.trailers_mut() {
+                    strict::trailers(trailers);
                     state.trailers = Some(trailers.clone());
-                    state.trailers_sent = true;
                     self.end();
                 }
             }
@@ -345,6 +455,22 @@ impl Shared {
             self.end();
         }
         Poll::Ready(frame)
+    }
+
+    /// Something came, and whatever waited for it does so no more.
+    fn came(&self, data: Option<&Bytes>) {
+        let pace = self.pace.get();
+        // The clock tells nothing where nobody waited.
+        let now = if pace.is_waiting() { Instant::now() } else { self.progress.get() };
+        self.pace.set(pace.got(now.into_std(), data.map_or(0, Bytes::len)));
+        self.conn.awaits_body(None);
+    }
+
+    /// It is not the client that is waited for.
+    fn rests(&self) {
+        if self.pace.get().is_waiting() {
+            self.came(None);
+        }
     }
 
     fn end(&self) {
@@ -391,6 +517,7 @@ impl Body for RequestBody {
         // The node takes no more, but may be answering: leave the rest with the client.
         let closed = reader.expects_continue && !reader.wire.continued();
         if closed || reader.wire.is_broken() {
+            reader.shared.rests();
             return Poll::Pending;
         }
         reader.shared.poll_frame(cx)
@@ -400,6 +527,7 @@ impl Body for RequestBody {
         let Some(Reader { shared, .. }) = &self.0 else { return true };
         let state = shared.state.borrow();
         shared.ended.get()
+            && state.next.is_none()
             && state.sent >= state.kept.len()
             && (state.trailers.is_none() || state.trailers_sent)
     }
@@ -409,6 +537,8 @@ impl Body for RequestBody {
         let state = shared.state.borrow();
         let unsent = state.kept.iter().skip(state.sent);
         let unsent: u64 = unsent.map(|bytes| bytes.len() as u64).sum();
+        let next = state.next.iter().flatten().flatten().filter_map(Frame::data_ref);
+        let unsent = unsent + next.map(|bytes| bytes.len() as u64).sum::<u64>();
         match state.source.size_hint().exact() {
             Some(rest) => SizeHint::with_exact(rest + unsent),
             None => SizeHint::default(),

@@ -61,7 +61,7 @@ struct Running(AtomicUsize);
 pub struct Lane {
     hold: Arc<Hold>,
     running: Arc<Running>,
-    /// What the counted are. As many as `max_writes` lets run.
+    /// What the counted are. As many as the nodes have places.
     writes: RefCell<Slab<Write>>,
 }
 

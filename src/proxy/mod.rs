@@ -24,6 +24,7 @@ use self::{
     headers::{Extra, Peer},
     relay::Own,
     session::Session,
+    slot::Slot,
     upgrade::Sides,
 };
 pub use self::{
@@ -48,6 +49,7 @@ use crate::{
         classify::PREFER_INSTANCE,
         next::{Next, Outcome},
         outcome::{Before, WriteOutcome},
+        pace,
         replay::{self, Form, Replay, ReplayError},
         route::Head,
         strict::{self, Peculiar},
@@ -84,6 +86,7 @@ mod refusal;
 mod relay;
 mod service;
 mod session;
+mod slot;
 mod tokens;
 mod turn;
 mod upgrade;
@@ -372,8 +375,10 @@ impl Proxy {
             Err(problem) => {
                 facts.status = problem.status();
                 facts.problem = Some(problem);
-                if problem == Problem::BodyTimeout {
-                    self.shard.reached(Limit::BodyIdle, 1);
+                match problem {
+                    Problem::BodyTimeout => self.shard.reached(Limit::BodyIdle, 1),
+                    Problem::BodySlow => self.shard.reached(Limit::BodyRate, 1),
+                    _ => {}
                 }
                 let last = facts.tries.last().map(|tried| Arc::clone(&tried.node));
                 let detail = last.map(|node| format!("{} on {node}", problem.as_str()));
@@ -446,7 +451,10 @@ impl Proxy {
         cluster.budget.borrow_mut().request(now.into_std());
         if !body.is_end_stream() {
             let (conn, kept) = (Rc::clone(walk.conn), Rc::clone(&self.kept));
-            walk.upload = Some(Upload::new(body, conn, kept, cluster.config.replay.buffer, now));
+            let limits = &self.config.limits;
+            let pace = pace::Rules { idle: limits.body_idle, rate: limits.body_rate as u64 };
+            let buffer = cluster.config.replay.buffer;
+            walk.upload = Some(Upload::new(body, conn, kept, buffer, pace, now));
         }
 
         let mut history = History::default();
@@ -460,6 +468,17 @@ impl Proxy {
             (request.class == Class::Write && cluster.hold.is_busy()).then_some(HoldFor::Primary);
         // The clock is read once for each turn of the loop and once for each answer.
         let mut now = now;
+        if let Some(upload) = walk.upload.as_ref().filter(|_| request.class == Class::Write)
+            // What the client has yet to send after `100 Continue`, the node has to ask for.
+            && !server::expects_continue(&walk.headers)
+        {
+            if let Some(later) = upload.gather(now + GATHER).await {
+                now = later;
+            }
+            if upload.is_broken() {
+                return Err(Problem::Malformed);
+            }
+        }
         loop {
             if let (Class::Read, Some(HoldFor::Pause(length))) = (request.class, wait) {
                 // Not among those who wait for a primary: they may have long to wait.
@@ -1017,37 +1036,40 @@ impl Proxy {
         Trouble,
     > {
         let Turn { request, extra, role, now: mut began } = turn;
-        let write = if request.class == Class::Write && !walk.upgrade {
+        let is_write = request.class == Class::Write && !walk.upgrade;
+        let wait = cluster.config.max_writes_wait;
+        let slot = if !is_write {
+            Slot::Free
+        } else if walk.upload.as_ref().is_some_and(|upload| !upload.is_complete()) {
+            Slot::Later(Rc::clone(&cluster.writes), wait)
+        } else {
             let turn = if let Some(place) = cluster.writes.try_enter() {
                 Ok(Ok(place))
             } else {
-                let turn = timeout(cluster.config.max_writes_wait, cluster.writes.enter()).await;
+                let turn = timeout(wait, cluster.writes.enter()).await;
                 began = Instant::now();
                 turn
             };
-            Some(turn.ok().and_then(Result::ok).ok_or(Trouble::Client(Problem::WritesFull))?)
-        } else {
-            None
+            Slot::Taken(turn.ok().and_then(Result::ok).ok_or(Trouble::Client(Problem::WritesFull))?)
         };
         let full = Failure { kind: FailureKind::NodeFull, written: false };
         let place = if let Some(place) = node.gate.try_enter() {
             place
         } else {
-            let turn = timeout(cluster.config.max_writes_wait, node.gate.enter()).await;
+            let turn = timeout(wait, node.gate.enter()).await;
             began = Instant::now();
             turn.ok().and_then(Result::ok).ok_or(Trouble::Node(full))?
         };
-        let lane = match &write {
-            Some(_) => {
-                let write = || Write {
-                    method: walk.method.clone(),
-                    uri: walk.uri.clone(),
-                    node: Arc::clone(&node.name),
-                    since: began,
-                };
-                Some(cluster.lane.enter(write).ok_or(Trouble::Paused)?)
-            }
-            None => None,
+        let lane = if is_write {
+            let write = || Write {
+                method: walk.method.clone(),
+                uri: walk.uri.clone(),
+                node: Arc::clone(&node.name),
+                since: began,
+            };
+            Some(cluster.lane.enter(write).ok_or(Trouble::Paused)?)
+        } else {
+            None
         };
         let timeouts = &cluster.config.timeouts;
         // RFC 9110 section 10.1.1: HTTP/1.0 does not know it.
@@ -1078,7 +1100,6 @@ impl Proxy {
             }),
             response_header: timeouts.response_header,
             idle: timeouts.idle,
-            body_idle: self.config.limits.body_idle,
             is_lost: &is_lost,
         };
         let head = || {
@@ -1103,8 +1124,21 @@ impl Proxy {
             *message.headers_mut() = head;
             message
         };
-        let (response, connection) = attempt::run(&this, node, head).await?;
-        let places = Places { node: place, write, lane, held: held.take() };
+        let slot = match &walk.upload {
+            Some(upload) => {
+                upload.set_slot(slot);
+                Slot::Free
+            }
+            None => slot,
+        };
+        let result = attempt::run(&this, node, head).await;
+        // Answered is done: the token of a write stands for what there was when it was answered.
+        drop(slot);
+        if let Some(upload) = &walk.upload {
+            upload.set_slot(Slot::Free);
+        }
+        let (response, connection) = result?;
+        let places = Places { node: place, lane, held: held.take() };
         Ok((response, connection, places, began))
     }
 
@@ -1319,6 +1353,9 @@ impl Walk<'_> {
     }
 }
 
+/// How long a write waits for the rest of its body before it is sent without: who sends body and head
+/// one after the other is waited for, and one that waits for an answer before it sends more gets one.
+const GATHER: Duration = Duration::from_millis(100);
 /// Attempts after which a read whose nodes keep going back is given up.
 const GONE_BACK: usize = 4;
 

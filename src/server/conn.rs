@@ -73,8 +73,8 @@ pub struct Conn {
     rearm: Cell<bool>,
     /// The request body has not been read to its end.
     body_open: Cell<bool>,
-    /// Since when the service waits for the next byte of the request body.
-    body_wait: Cell<Option<Instant>>,
+    /// When the service wants to be polled if no more of the request body has come by then.
+    body_due: Cell<Option<Instant>>,
     /// Bytes were handed to the socket since hyper last found its buffer empty.
     dirty: Cell<bool>,
     /// Some of the response to a request that the service was asked for may not be with the
@@ -129,7 +129,7 @@ impl Conn {
             deadline_passed: Cell::new(false),
             rearm: Cell::new(false),
             body_open: Cell::new(false),
-            body_wait: Cell::new(None),
+            body_due: Cell::new(None),
             dirty: Cell::new(false),
             owed: Cell::new(false),
             unsaid: Cell::new(None),
@@ -184,19 +184,15 @@ impl Conn {
         self.deadline_passed.get()
     }
 
-    /// The service waits for the request body (`true`) or got something (`false`).
-    pub fn waits_for_body(&self, waits: bool) {
-        if !waits {
-            self.body_wait.set(None);
-        } else if self.body_wait.get().is_none() {
-            self.body_wait.set(Some(Instant::now()));
-        }
+    /// The service waits for the request body, until then if nothing comes; or it does not.
+    pub fn awaits_body(&self, until: Option<Instant>) {
+        self.body_due.set(until);
     }
 
     /// The request body came to its end.
     pub fn body_ended(&self) {
         self.body_open.set(false);
-        self.body_wait.set(None);
+        self.body_due.set(None);
     }
 
     /// The response is complete, or given up: the connection is idle again. Returns when.
@@ -349,7 +345,7 @@ impl Conn {
         if self.is_stalled(now, limits) {
             return Look::Stop(Stop::Stalled);
         }
-        self.look_at_service(now, limits)
+        self.look_at_service(now)
     }
 
     pub(super) fn has_interim(&self) -> bool {
@@ -388,14 +384,13 @@ impl Conn {
             Phase::Head if self.owed.get() => Look::At(now + TICK),
             Phase::Head if quiet >= limits.header_read => Look::Stop(Stop::HeadTimeout),
             Phase::Head => Look::At((self.since.get() + limits.header_read).min(now + TICK)),
-            Phase::Busy => self.look_at_service(now, limits),
+            Phase::Busy => self.look_at_service(now),
         }
     }
 
     /// Whether the service wants to be polled.
-    fn look_at_service(&self, now: Instant, limits: &Limits) -> Look {
-        let body = self.body_wait.get().map(|since| since + limits.body_idle);
-        let deadline = match (body, self.deadline.get()) {
+    fn look_at_service(&self, now: Instant) -> Look {
+        let deadline = match (self.body_due.get(), self.deadline.get()) {
             (Some(body), Some(deadline)) => Some(body.min(deadline)),
             (body, deadline) => body.or(deadline),
         };

@@ -22,6 +22,7 @@ mod refusals;
 mod replays;
 mod roles;
 mod sessions;
+mod slow;
 mod sse;
 mod testkit;
 mod tls;
