@@ -110,6 +110,9 @@ impl Conn {
     /// Reads a head, interim or final.
     pub async fn head(&mut self) -> io::Result<Response> {
         let status = self.line().await?;
+        if !status.starts_with("HTTP/") {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, status));
+        }
         let status = status.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
         Ok(Response { status, fields: self.fields().await?, ..Response::default() })
     }

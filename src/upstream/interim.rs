@@ -119,6 +119,12 @@ fn memchr_end(bytes: &[u8]) -> Option<usize> {
 /// The head as the client gets it: fields of the hop between node and litegate stay here.
 fn render(code: u16, reason: &str, fields: &[httparse::Header<'_>]) -> Bytes {
     let mut head = format!("HTTP/1.1 {code} {reason}\r\n").into_bytes();
+    let named = |name: &str| {
+        let connection =
+            fields.iter().filter(|field| field.name.eq_ignore_ascii_case("connection"));
+        let mut options = connection.flat_map(|field| field.value.split(|byte| *byte == b','));
+        options.any(|option| option.trim_ascii().eq_ignore_ascii_case(name.as_bytes()))
+    };
     for field in fields {
         let name = field.name.to_ascii_lowercase();
         let of_this_hop = matches!(
@@ -131,7 +137,11 @@ fn render(code: u16, reason: &str, fields: &[httparse::Header<'_>]) -> Bytes {
                 | "upgrade"
                 | "content-length"
         );
-        if of_this_hop || name.starts_with("fly-replay") || name.starts_with("litegate-") {
+        if of_this_hop
+            || named(&name)
+            || name.starts_with("fly-replay")
+            || name.starts_with("litegate-")
+        {
             continue;
         }
         head.extend_from_slice(name.as_bytes());
@@ -167,7 +177,8 @@ mod tests {
 
     #[test]
     fn hints_are_found_before_the_final_head_in_one_read() {
-        let mut bytes = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: x\r\n\r\n".to_vec();
+        let mut bytes =
+            b"HTTP/1.1 103 Early Hints\r\nX: 1\r\nLink: </a>\r\nConnection: y, x\r\n\r\n".to_vec();
         bytes.extend_from_slice(FINAL);
         let sniffer = sniff(&[&bytes]);
         assert_eq!(

@@ -16,6 +16,7 @@ use self::{
 };
 use crate::gate::Gate;
 
+mod early;
 mod naive;
 mod node;
 mod rows;
@@ -456,7 +457,7 @@ async fn underscores_are_dropped_refused_or_allowed() {
 /// `docs/security.md` has the tables. `LITEGATE_BLESS=1` rewrites them.
 #[test]
 fn the_page_about_security_has_these_tables() {
-    const MARK: &str = "<!-- Made from tests/integration/attack/rows.rs. -->\n";
+    const MARK: &str = "<!-- Made from tests/integration/attack. -->\n";
     let head = "\n| what comes | by | what becomes of it |\n|---|---|---|\n";
     let mut tables = format!("\n### Clients, HTTP/1.1\n{head}");
     for row in rows::requests() {
@@ -486,6 +487,15 @@ fn the_page_about_security_has_these_tables() {
         };
         let _ = writeln!(tables, "| {} | {} | {becomes} |", row.name, row.why);
     }
+    let _ = write!(
+        tables,
+        "\n### Answers before the body\n\nA node answers as soon as it has the head, and reads the body, \
+         takes it for its next request, closes or resets; the client sends the rest, or another request in its \
+         place. Each over HTTP/1.1 and HTTP/2, to nodes of either.\n{head}"
+    );
+    for row in early::talks() {
+        let _ = writeln!(tables, "| {} | {} | {} |", row.name, row.why, row.becomes());
+    }
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/security.md");
     let page = std::fs::read_to_string(path).expect("the page is there");
     let (text, _) = page.split_once(MARK).expect("the page has its mark");
@@ -510,4 +520,23 @@ async fn every_attack_of_a_node_succeeds_against_a_naive_forwarder() {
         (row.name, row.harmless, fault)
     });
     judge(join_all(tries).await);
+}
+
+/// RFC 9110 section 7.6.1: a client that names them in `Connection` takes its own away, not ours.
+#[tokio::test]
+async fn what_litegate_says_of_a_client_can_t_be_named_away() {
+    let node = Node::start().await;
+    let gate = gate(&node, "").await;
+    let mut conn = gate.conn().await;
+    let says = "x-forwarded-for, x-forwarded-host, x-forwarded-proto, x-real-ip, forwarded, via";
+    let lies = "x-real-ip: 9.9.9.9\r\nvia: 1.1 evil\r\n";
+    conn.send(format!("GET /x HTTP/1.1\r\nhost: a\r\nconnection: close, {says}\r\n{lies}\r\n"))
+        .await
+        .expect("litegate reads");
+    assert_eq!(conn.response(false).await.expect("an answer").status, 200);
+    let raw = String::from_utf8_lossy(&node.take().raw).into_owned();
+    for name in says.split(", ") {
+        assert!(raw.contains(&format!("\r\n{name}: ")), "{name} in {raw}");
+    }
+    assert!(raw.contains("\r\nx-real-ip: 127.0.0.1\r\n") && !raw.contains("9.9.9.9"), "{raw}");
 }

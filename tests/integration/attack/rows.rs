@@ -416,6 +416,42 @@ fn fields() -> Vec<Row> {
             "GET /x HTTP/1.1 | host: a",
         ),
         passed(
+            "Upgrade: H2C, in two lines and other letters",
+            "RFC 9113 3.1, h2c Smuggling (2020)",
+            with(
+                "GET",
+                "connection: upgrade\r\nconnection: http2-settings\r\nupgrade: H2C\r\nupgrade: h2\r\nhttp2-settings: AAMAAABk\r\n",
+                "",
+            ),
+            "GET /x HTTP/1.1 | host: a",
+        ),
+        passed(
+            "Upgrade: h2c that Connection does not name",
+            "RFC 9110 7.8, h2c Smuggling (2020)",
+            with("GET", "upgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n", ""),
+            "GET /x HTTP/1.1 | host: a",
+        ),
+        passed(
+            "Upgrade: h2c beside a body",
+            "RFC 9113 3.1, h2c Smuggling (2020)",
+            with(
+                "POST",
+                "connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\ncontent-length: 1\r\n",
+                "x",
+            ),
+            "POST /x HTTP/1.1 | host: a | content-length: 1 || x",
+        ),
+        passed(
+            "Connection names everything that frames or routes, and close beside keep-alive",
+            "RFC 9110 7.6.1, Hop-by-hop headers (2019)",
+            with(
+                "POST",
+                "connection: keep-alive, host, content-length, transfer-encoding, via, forwarded, x-forwarded-for, te\r\ncontent-length: 1\r\n",
+                "x",
+            ),
+            "POST /x HTTP/1.1 | host: a | content-length: 1 || x",
+        ),
+        passed(
             "h2c beside websocket",
             "RFC 9113 3.1",
             with("GET", "connection: upgrade\r\nupgrade: websocket, h2c\r\n", ""),
@@ -797,12 +833,22 @@ pub(super) fn answers() -> Vec<NodeRow> {
         bad("101 to what nobody asked for", "RFC 9110 7.8", "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n").ask(Ask::Upgrade),
         bad("101 to nothing", "RFC 9110 7.8", "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\n\r\n").ask(Ask::Upgrade),
         NodeRow { script: Script { bytes: hint.as_bytes(), times: 1000, closes: true, ..Script::default() }, ..bad("a thousand interim answers and no other", "RFC 9110 15.2", "") },
+        NodeRow { script: Script { bytes: b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", times: 2, ..Script::default() }, ..bad("101 twice, that nobody asked for", "RFC 9110 15.2.2", "") },
+        bad("101 behind a hint, that nobody asked for", "RFC 9110 15.2.2", "HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"),
+        bad("an interim answer split by a bare LF", "RFC 9112 2.2", "HTTP/1.1 103 Early Hints\r\nlink: </a>\nset-cookie: evil=1\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"),
+        bad("an interim answer with an obsolete fold", "RFC 9112 5.2", "HTTP/1.1 103 Early Hints\r\nx: y\r\n z\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"),
+        row("an interim answer with a length", "RFC 9110 8.6, 15.2", "HTTP/1.1 103 Early Hints\r\ncontent-length: 42\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", Gets::Whole("ok")),
+        row("100 that nobody asked for", "RFC 9110 15.2.1", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", Gets::Whole("ok")),
+        row("an interim answer that nobody knows", "RFC 9110 15", "HTTP/1.1 199 What\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", Gets::Whole("ok")),
         // What comes behind an answer.
         row("a second answer behind the first", over, "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison", Gets::Whole("ok")),
         row("bytes behind the last chunk", over, "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison", Gets::Whole("ok")),
         row("a body of 204", "RFC 9110 15.3.5", "HTTP/1.1 204 No Content\r\ncontent-length: 44\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison", Gets::Bare(204)).never("content-length"),
         row("a body of 304", "RFC 9110 15.4.5", "HTTP/1.1 304 Not Modified\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison", Gets::Bare(304)),
         row("a body for HEAD", "RFC 9110 9.3.2", "HTTP/1.1 200 OK\r\ncontent-length: 44\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison", Gets::Bare(200)).ask(Ask::Head),
+        row("chunks of 204", "RFC 9112 6.1, RFC 9110 15.3.5", "HTTP/1.1 204 No Content\r\ntransfer-encoding: chunked\r\n\r\n6\r\npoison\r\n0\r\n\r\n", Gets::Bare(204)).never("transfer-encoding"),
+        row("chunks of 304", "RFC 9112 6.1, RFC 9110 15.4.5", "HTTP/1.1 304 Not Modified\r\ntransfer-encoding: chunked\r\n\r\n6\r\npoison\r\n0\r\n\r\n", Gets::Bare(304)),
+        row("chunks for HEAD", "RFC 9112 6.1, RFC 9110 9.3.2", "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n6\r\npoison\r\n0\r\n\r\n", Gets::Bare(200)).ask(Ask::Head),
         NodeRow {
             script: Script {
                 bytes: b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
