@@ -141,8 +141,10 @@ fn websockets_are_carried_byte_for_byte_in_every_case() {
     let args = [&*server, &*port_text];
     let (_server, node) = serve("the WebSocket server", &component(python), &args, port, &log);
     let tls = certificate(directory.path());
-    let [clear, secure] = ["", &*tls].map(|keys| Gate::before(node, keys, "http/1.1"));
-    let output = run(python, &[&client, &port_text, &clear.port(), &secure.port()]);
+    let gates = ["http/1.1", "h2"].map(|to| ["", &*tls].map(|keys| Gate::before(node, keys, to)));
+    let ports = gates.each_ref().map(|gates| gates.each_ref().map(Gate::port)).concat();
+    let args = [&client, &port_text].into_iter().chain(&ports).map(String::as_str);
+    let output = run(python, &args.collect::<Vec<_>>());
     let text = text(&output);
     let summary = text.lines().last().unwrap_or_default();
     assert!(output.status.success() && summary.ends_with(" 0 faults"), "{text}");

@@ -1,10 +1,12 @@
 """What the Autobahn test suite asks of a WebSocket server, asked straight and through litegate.
 
-    client.py DIRECT CLEAR TLS [CASE…]       three ports on 127.0.0.1
+    client.py DIRECT CLEAR TLS CLEAR2 TLS2 [CASE…]       ports on 127.0.0.1
+
+CLEAR and TLS are a litegate's that speaks HTTP/1.1 to the server, CLEAR2 and TLS2 one's that speaks HTTP/2.
 
 Each case sends bytes and holds all bytes that come back until the end. Straight to the server, they
 must be what RFC 6455 and 7692 want. Through litegate, by HTTP/1.1 and by HTTP/2 (RFC 8441), in the
-clear and in TLS, they must be the same bytes, and the server must have received the same bytes: a
+clear and in TLS, to a server of either, they must be the same bytes, and the server must have received the same bytes: a
 tunnel adds nothing, drops nothing, and orders nothing anew.
 """
 
@@ -592,17 +594,18 @@ def tls():
 
 
 async def run(number, case, ports):
-    direct, clear, secure = ports
-    ways = {
-        "straight": lambda: Http1(direct),
-        "HTTP/1.1": lambda: Http1(clear),
-        "HTTP/1.1 in TLS": lambda: Http1(secure, tls()),
-        "HTTP/2": lambda: Http2(clear),
-        "HTTP/2 in TLS": lambda: Http2(secure, tls()),
-    }
-    if case.half or case.mode == "bye":
-        # Python's TLS has no half-closed state.
-        del ways["HTTP/1.1 in TLS"]
+    direct, *gates = ports
+    ways = {"straight": lambda: Http1(direct)}
+    for to, (clear, secure) in [("HTTP/1.1", gates[:2]), ("HTTP/2", gates[2:])]:
+        ways |= {
+            f"HTTP/1.1 to {to}": lambda port=clear: Http1(port),
+            f"HTTP/1.1 in TLS to {to}": lambda port=secure: Http1(port, tls()),
+            f"HTTP/2 to {to}": lambda port=clear: Http2(port),
+            f"HTTP/2 in TLS to {to}": lambda port=secure: Http2(port, tls()),
+        }
+        if case.half or case.mode == "bye":
+            # Python's TLS has no half-closed state.
+            del ways[f"HTTP/1.1 in TLS to {to}"]
     faults, straight = [], None
     for place, (name, way) in enumerate(ways.items()):
         key, way = f"{number}-{place}", way()
@@ -620,6 +623,8 @@ async def run(number, case, ports):
             if head[0] == 101:
                 facts = await asyncio.wait_for(received(direct, key), PATIENCE)
                 assert same_bytes(case, facts), f"the server received {facts}"
+                version = name.rpartition(" to ")[2] if straight is not seen else "HTTP/1.1"
+                assert facts["version"] == version, f"by {facts['version']}"
         except (AssertionError, OSError, EOFError, asyncio.TimeoutError) as error:
             faults.append(f"{case.name}: {name}: {error or type(error).__name__}")
             if straight is None:
@@ -630,7 +635,7 @@ async def run(number, case, ports):
 
 
 async def main():
-    ports, wanted = [int(port) for port in sys.argv[1:4]], sys.argv[4:]
+    ports, wanted = [int(port) for port in sys.argv[1:6]], sys.argv[6:]
     places = asyncio.Semaphore(AT_ONCE)
     total = runs = 0
 
