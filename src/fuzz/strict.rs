@@ -118,7 +118,7 @@ const EXTENSION: &str = "a chunk extension that is none";
 /// RFC 9112 section 2.2.
 const OF_CLIENTS: [&str; 1] = [EMPTY_LINE];
 /// Nobody stands between a node and litegate who could read it otherwise.
-const OF_NODES: [&str; 3] = [LF, EXTENSION, EMPTY_LINE];
+const OF_NODES: [&str; 2] = [LF, EXTENSION];
 
 fn read_as(bytes: &[u8], side: Side<'_>, tolerates: &'static [&'static str]) -> Reading {
     let mut reading = Reading::default();
@@ -206,7 +206,7 @@ impl<'b> Reader<'b> {
     fn head(&mut self, side: Side<'_>) -> Result<Message, Stop> {
         let mut line = self.line()?;
         while line.is_empty() {
-            // RFC 9112 section 2.2 has it of requests, and hyper of answers too.
+            // RFC 9112 section 2.2 has it of requests.
             self.passes(EMPTY_LINE)?;
             line = self.line()?;
         }

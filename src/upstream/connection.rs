@@ -32,8 +32,7 @@ use tokio::{
 
 use super::{
     h2::{self, H2, Handle},
-    interim,
-    lines::Lines,
+    heads::Heads,
 };
 use crate::{
     decide::{Failure, FailureKind},
@@ -91,10 +90,9 @@ pub struct Wire {
     heard: Cell<bool>,
     /// What the node said instead of answering, when it looked at our certificate.
     turned_away: Cell<Option<AlertDescription>>,
-    /// The head of the answer has lines that end in another way than the others.
-    split: Cell<bool>,
-    interim: interim::Sniffer,
-    lines: Lines,
+    /// It is not clear where the head of the answer begins or ends.
+    unclear: Cell<bool>,
+    heads: Heads,
     /// Of HTTP/2.
     greeting: Option<Greeting>,
 }
@@ -154,24 +152,23 @@ impl Wire {
 
     /// Whether the node said `100 Continue` to the current request.
     pub fn continued(&self) -> bool {
-        self.interim.continued()
+        self.heads.continued()
     }
 
     /// Goes on as if the node had said `100 Continue`.
     pub fn continue_anyway(&self) {
-        self.interim.continue_anyway();
+        self.heads.continue_anyway();
     }
 
     /// The next interim response (not 100) that the node sent, ready for the client.
     pub fn next_interim(&self) -> Option<Bytes> {
-        self.interim.next()
+        self.heads.next_interim()
     }
 
     fn begin(&self) {
         self.written.set(false);
         self.answered.set(false);
-        self.interim.begin();
-        self.lines.begin();
+        self.heads.begin();
     }
 }
 
@@ -321,7 +318,7 @@ where
             Ok(Err(_)) if self.wire.turned_away().is_some() => {
                 return Err(Failure { kind: FailureKind::Tls, written: false });
             }
-            Ok(Err(_)) if self.wire.split.get() => FailureKind::BadResponse,
+            Ok(Err(_)) if self.wire.unclear.get() => FailureKind::BadResponse,
             Ok(Err(error)) if error.is_parse() || error.is_parse_too_large() => {
                 FailureKind::BadResponse
             }
@@ -473,11 +470,10 @@ impl AsyncRead for NodeIo {
             if let Some(greeting) = &self.wire.greeting {
                 greeting.see(new);
             }
-            if !self.wire.lines.see(new) {
-                self.wire.split.set(true);
+            if !self.wire.heads.see(new) {
+                self.wire.unclear.set(true);
                 return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
             }
-            self.wire.interim.see(new);
         }
         if let Poll::Ready(Err(error)) = &result
             && !self.wire.heard.get()

@@ -5,8 +5,7 @@ mod connection;
 mod dial;
 mod gate;
 mod h2;
-mod interim;
-mod lines;
+mod heads;
 mod node;
 
 pub use connection::{Connection, Wire};
