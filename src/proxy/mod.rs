@@ -799,6 +799,11 @@ impl Proxy {
                 None => PathAndQuery::from_static("/"),
             };
             walk.uri = Uri::from(target);
+            // RFC 9113 section 8.3.1: a path is not empty. `http` drops a fragment, and a path that
+            // was nothing else is `/` for as long as there is a scheme.
+            if walk.uri.path().is_empty() {
+                return Err(Problem::Malformed);
+            }
         }
         let via = self.via.as_bytes();
         let passed = walk.headers.get_all(header::VIA).iter().any(|line| {
