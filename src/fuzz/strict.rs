@@ -181,6 +181,15 @@ impl<'b> Reader<'b> {
 
     /// Up to CRLF, without it. No other control character but TAB is in it.
     fn line(&mut self) -> Result<&'b [u8], Stop> {
+        self.line_of(false)
+    }
+
+    /// A chunk's line. Where any extension is tolerated it may hold anything but line breaks.
+    fn chunk_line(&mut self) -> Result<&'b [u8], Stop> {
+        self.line_of(self.tolerates.contains(&EXTENSION))
+    }
+
+    fn line_of(&mut self, any: bool) -> Result<&'b [u8], Stop> {
         let rest = &self.bytes[self.at..];
         for (at, byte) in rest.iter().enumerate() {
             match (byte, rest.get(at + 1)) {
@@ -196,7 +205,8 @@ impl<'b> Reader<'b> {
                     self.at += at + 1;
                     return Ok(&rest[..at]);
                 }
-                (0..=0x1f | 0x7f, _) => return Err(Stop::Wrong("a control character")),
+                (b'\r', _) => return Err(Stop::Wrong("a control character")),
+                (0..=0x1f | 0x7f, _) if !any => return Err(Stop::Wrong("a control character")),
                 _ => {}
             }
         }
@@ -279,7 +289,7 @@ impl<'b> Reader<'b> {
                 }
             }
             Framing::Chunked => loop {
-                let line = self.line()?;
+                let line = self.chunk_line()?;
                 let size = match chunk_size(line) {
                     Err(Stop::Wrong(why)) => {
                         self.passes(why)?;
