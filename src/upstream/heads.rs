@@ -19,11 +19,11 @@ use std::{
 
 use bytes::Bytes;
 
-/// The largest interim head that is passed on.
+/// The largest interim head that is passed on; none is behind a larger one.
 const HEAD: usize = 16 << 10;
 /// Interim responses that may wait to be passed on; more are dropped.
 const WAITING: usize = 8;
-/// Fields in an interim head; one with more is not passed on.
+/// Fields in an interim head; none is passed on behind one with more.
 const FIELDS: usize = 64;
 /// `HTTP/1.1 200` and what ends the code.
 const BEGIN: usize = 13;
@@ -54,8 +54,8 @@ struct State {
     /// Of the line so far, up to its LF.
     length: usize,
     last: u8,
-    /// The head is too long to be passed on.
-    is_long: bool,
+    /// An interim head was too large to be looked into: neither it nor another is passed on.
+    gives_up: bool,
 }
 
 impl State {
@@ -160,7 +160,7 @@ impl Heads {
             let end = memchr::memchr(b'\n', rest);
             let (line, after) = rest.split_at(end.unwrap_or(rest.len()));
             state.grow(line);
-            if state.may_be_interim() && !state.is_long {
+            if state.may_be_interim() && !state.gives_up {
                 self.keep(&mut state, line, end.is_some());
             }
             if end.is_none() {
@@ -170,7 +170,10 @@ impl Heads {
             match state.ended() {
                 Line::Right => {}
                 Line::Wrong => is_clear = false,
-                Line::Last => state = self.head_ended(state),
+                Line::Last => match self.head_ended(state) {
+                    Some(next) => state = next,
+                    None => is_clear = false,
+                },
             }
         }
         self.state.set(state);
@@ -182,47 +185,46 @@ impl Heads {
         if !state.begun && state.length == line.len() {
             kept.clear();
         }
-        state.is_long = kept.len() + line.len() >= HEAD;
-        if !state.is_long {
+        state.gives_up = kept.len() + line.len() >= HEAD;
+        if !state.gives_up {
             kept.extend_from_slice(line);
             kept.extend(ends.then_some(b'\n'));
         }
     }
 
-    /// Another head follows an interim one, unless it was the last one of HTTP.
-    fn head_ended(&self, state: State) -> State {
-        let looking = match state.begin.get(STATUS..STATUS + 3) {
-            Some(b"101") => false,
-            Some(b"100") => {
-                self.continued.set(true);
-                true
-            }
-            Some([b'1', ..]) => {
-                if !state.is_long {
-                    self.pass_on();
-                }
-                true
-            }
-            _ => false,
-        };
-        State { looking, ..State::default() }
+    /// Another head follows an interim one, unless it was the last one of HTTP. `None`: it is no
+    /// head for hyper either, and whatever follows it is nobody's answer.
+    fn head_ended(&self, state: State) -> Option<State> {
+        let mut next = State { gives_up: state.gives_up, ..State::default() };
+        let code = state.begin.get(STATUS..STATUS + 3).unwrap_or_default();
+        next.looking = code.starts_with(b"1") && code != b"101";
+        if next.looking && !state.gives_up {
+            next.gives_up = !self.pass_on()?;
+        }
+        if code == b"100" {
+            self.continued.set(true);
+        }
+        Some(next)
     }
 
-    /// What is kept is one whole interim head. What hyper refuses of it is left to hyper.
-    fn pass_on(&self) {
+    /// What is kept is one whole interim head. Whether it is one to pass on, as far as its fields go.
+    fn pass_on(&self) -> Option<bool> {
         let kept = self.kept.borrow();
         let mut fields = [httparse::EMPTY_HEADER; FIELDS];
         let mut parsed = httparse::Response::new(&mut fields);
-        if !matches!(parsed.parse(&kept), Ok(httparse::Status::Complete(_))) {
-            return;
+        match parsed.parse(&kept) {
+            Ok(httparse::Status::Complete(_)) => {}
+            Err(httparse::Error::TooManyHeaders) => return Some(false),
+            _ => return None,
         }
         let mut found = self.found.borrow_mut();
-        if let Some(code) = parsed.code
+        if let Some(code) = parsed.code.filter(|code| *code != 100)
             && found.len() < WAITING
         {
             found.push_back(render(code, parsed.reason.unwrap_or(""), parsed.headers));
             self.any.set(true);
         }
+        Some(true)
     }
 }
 
@@ -352,9 +354,20 @@ mod tests {
     #[test]
     fn an_endless_interim_head_is_not_kept() {
         let hints = b"HTTP/1.1 103 Early Hints\r\n";
-        let (heads, _) = follow(&[hints, b"a: ", &vec![b'x'; HEAD], b"\r\n\r\n", hints, b"\r\n"]);
+        let (heads, is_clear) =
+            follow(&[hints, b"a: ", &vec![b'x'; HEAD], b"\r\n\r\n", hints, b"\r\n", FINAL]);
+        assert!(is_clear && !looks(&heads));
         assert!(heads.kept.borrow().capacity() <= HEAD);
-        assert!(heads.next_interim().is_some_and(|head| head.len() < 100), "the next one is");
+        assert!(heads.next_interim().is_none());
+    }
+
+    #[test]
+    fn nothing_is_passed_on_behind_what_is_no_head() {
+        let hints = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n";
+        let (heads, is_clear) =
+            follow(&[hints, b"HTTP/1.1 103 Early Hints\r\nli\\nk: </a>\r\n\r\n", hints]);
+        assert!(!is_clear);
+        assert!(heads.next_interim().is_some());
         assert!(heads.next_interim().is_none());
     }
 
