@@ -381,12 +381,7 @@ async fn talk(row: &Talk, through: SocketAddr) -> Result<(), String> {
     // The connection may be closed at any time now.
     let _ = conn.send(row.rest).await;
     let _ = conn.send(NEXT).await;
-    let next = timeout(Duration::from_secs(9), conn.response(false)).await;
-    if std::env::var_os("DBG").is_some() {
-        eprintln!("{}: {next:?}", row.name);
-    }
-    let Ok(next) = next else { return Err("it hangs".into()) };
-    match next {
+    match conn.response(false).await {
         Err(_closed) => Ok(()),
         Ok(next) if row.whole && next.body == b"clean" => Ok(()),
         // A node of HTTP/2 may go on to wait for the body, but nobody waits for long.
