@@ -42,6 +42,7 @@ pub(super) struct Heads {
 }
 
 #[derive(Clone, Copy, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is true or not whatever the others are")]
 struct State {
     /// The final head has not ended yet.
     looking: bool,
