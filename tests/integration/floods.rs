@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::join_all;
 use litegate::testkit::client::Conn;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -172,9 +173,8 @@ async fn ended(mut conn: Conn) {
 async fn slow_heads_end_and_nobody_else_waits() {
     let gate = Gate::start().await;
     let beside = Beside::start(&gate).await;
-    for head in ["GET / HTTP/1.1\r\nhost: a\r\nx: ", "G", "PRI * HTTP/2.0\r\n"] {
-        beside.during(hostile(&gate, 100, head, true)).await;
-    }
+    let heads = ["GET / HTTP/1.1\r\nhost: a\r\nx: ", "G", "PRI * HTTP/2.0\r\n"];
+    beside.during(join_all(heads.map(|head| hostile(&gate, 100, head, true)))).await;
     // A byte from time to time does not help: the whole head has its time.
     let dripping = async {
         let mut conn = gate.conn().await;
@@ -198,10 +198,9 @@ async fn slow_heads_end_and_nobody_else_waits() {
 async fn slow_bodies_end_and_nobody_else_waits() {
     let gate = Gate::start().await;
     let beside = Beside::start(&gate).await;
-    for framing in ["content-length: 100000", "transfer-encoding: chunked"] {
-        let head = format!("POST /kv/a HTTP/1.1\r\nhost: a\r\n{framing}\r\n\r\n5\r\nhe");
-        beside.during(hostile(&gate, 40, &head, true)).await;
-    }
+    let heads = ["content-length: 100000", "transfer-encoding: chunked"]
+        .map(|framing| format!("POST /kv/a HTTP/1.1\r\nhost: a\r\n{framing}\r\n\r\n5\r\nhe"));
+    beside.during(join_all(heads.iter().map(|head| hostile(&gate, 40, head, true)))).await;
     let counted = gate.metric("litegate_limits_reached_total", "\"body_idle\"").await;
     assert_eq!(counted, 80);
     assert_eq!(gate.send("POST", "/kv/a", b"x").await.status, 200, "no place is left taken");

@@ -12,22 +12,33 @@ use litegate::{
 };
 use tokio::time::{Instant, timeout};
 
-use crate::gate::{self, Gate};
+use crate::{
+    gate::{self, Gate},
+    h2::until,
+};
 
 #[tokio::test]
 async fn a_drain_finishes_what_runs_and_closes_after_it() {
     let gate = Gate::start().await;
     let address = gate.address();
     let slow =
-        tokio::spawn(async move { client::request(address, "GET", "/sleep/600", "", b"").await });
+        tokio::spawn(async move { client::request(address, "GET", "/sleep/1500", "", b"").await });
     let mut kept = gate.conn().await;
     kept.request("GET", "/whoami", "", b"").await.expect("an answer");
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    until(&gate, "litegate_http_requests_in_flight", "", |n| n == 1).await;
     let (_cluster, running) = gate.into_running();
     running.drain();
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    let last = kept.request("GET", "/whoami", "", b"").await.expect("a last answer");
-    assert_eq!((last.status, last.field("connection")), (200, Some("close")));
+    // Each worker hears of it in its own time, and whoever is quiet for a second then is closed.
+    let last = async {
+        loop {
+            let last = kept.request("GET", "/whoami", "", b"").await.expect("a last answer");
+            assert_eq!(last.status, 200);
+            if last.field("connection") == Some("close") {
+                return;
+            }
+        }
+    };
+    timeout(Duration::from_secs(10), last).await.expect("the last one says so");
     let slow = slow.await.expect("the task ends").expect("it is answered");
     assert_eq!((slow.status, slow.complete), (200, true));
     let ended = tokio::task::spawn_blocking(move || running.join()).await.expect("it ends");

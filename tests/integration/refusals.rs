@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::{StreamExt as _, stream};
 use litegate::testkit::{Options, client::Conn};
 use serde_json::Value;
 use tokio::{
@@ -201,8 +202,11 @@ fn cases() -> Vec<Case> {
 async fn each_gets_one_answer_of_litegates_own_and_one_line() {
     let (gate, directory) = logging().await;
     // Alone, and behind a request that is answered first: kept alive, and pipelined.
-    for (before, pipelined) in [(0, false), (1, false), (2, true)] {
-        for case in cases() {
+    let ways = [(0, false), (1, false), (2, true)];
+    let all = ways.into_iter().flat_map(|way| cases().into_iter().map(move |case| (way, case)));
+    // A few at a time: slow heads are waited for.
+    stream::iter(all)
+        .map(async |((before, pipelined), case)| {
             let Case { what, status, word, .. } = case;
             let mut conn = gate.conn().await;
             let good = "GET /bytes/70000 HTTP/1.1\r\nhost: a\r\n\r\n".repeat(before);
@@ -233,8 +237,10 @@ async fn each_gets_one_answer_of_litegates_own_and_one_line() {
             let body: Value = serde_json::from_slice(&answer.body).expect("JSON");
             assert_eq!((&body["error"], &body["status"]), (&word.into(), &status.into()), "{what}");
             assert_eq!(rest(&mut conn).await, b"", "{what}: nothing follows");
-        }
-    }
+        })
+        .buffer_unordered(6)
+        .collect::<Vec<_>>()
+        .await;
     let all = lines(&directory, cases().len() * 3 + cases().len() * 3).await;
     assert!(all.iter().all(|l| l["peer"].as_str().is_some_and(|p| p.starts_with("127.0.0.1:"))));
     // Two workers write, so that the order is nobody's.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::{StreamExt as _, stream};
 use litegate::{
     testkit::{
         Cluster, Options, client,
@@ -73,13 +74,9 @@ async fn the_lease_in_consul_is_followed() {
 
 #[tokio::test]
 async fn consul_without_news_is_neither_a_loss_nor_a_claim() {
-    let consul = Consul::start().await.unwrap();
-    consul.hold("app-0");
-    let gate = by_consul(&consul).await;
-    gate.until(is_primary("app-0")).await;
     let failures = "litegate_role_source_failures_total{cluster=\"app\",source=\"consul\"";
     let wrong = |body: &str| Behaviour::Body(body.to_owned());
-    for (behaviour, reason) in [
+    let rows = [
         (Behaviour::Gone, "unreachable"),
         (Behaviour::Leaderless, "unreachable"),
         (Behaviour::Mute, "unreachable"),
@@ -89,7 +86,13 @@ async fn consul_without_news_is_neither_a_loss_nor_a_claim() {
         (wrong("[]"), "malformed"),
         (wrong("what is this"), "malformed"),
         (wrong(r#"[{"Value":"bjE=","ModifyIndex":99}]"#), "malformed"),
-    ] {
+    ];
+    // Each waits for a second before it asks again: side by side, a few at a time.
+    let rows = rows.into_iter().map(async |(behaviour, reason)| {
+        let consul = Consul::start().await.unwrap();
+        consul.hold("app-0");
+        let gate = by_consul(&consul).await;
+        gate.until(is_primary("app-0")).await;
         let failures = format!("{failures},reason=\"{reason}\"}}");
         let before = metric(&gate, &failures).await;
         consul.behave(behaviour.clone());
@@ -105,8 +108,9 @@ async fn consul_without_news_is_neither_a_loss_nor_a_claim() {
         gate.until(is_primary("app-1")).await;
         consul.hold("app-0");
         gate.until(is_primary("app-0")).await;
-    }
-    assert!(consul.sent() < 64 << 20, "an endless answer is left: {}", consul.sent());
+        assert!(consul.sent() < 64 << 20, "an endless answer is left: {}", consul.sent());
+    });
+    stream::iter(rows).buffer_unordered(3).collect::<Vec<_>>().await;
 }
 
 #[tokio::test]

@@ -114,7 +114,8 @@ async fn a_read_goes_to_the_primary_where_no_replica_gets_there() {
 #[tokio::test]
 async fn another_instance_honours_the_token_and_a_header_does_as_well_as_a_cookie() {
     let gate = slow("consistency = { wait = \"50ms\" }").await;
-    let text = config(&gate.cluster, LITEFS);
+    let keys = format!("{LITEFS}\nconsistency = {{ wait = \"50ms\" }}");
+    let text = config(&gate.cluster, &keys);
     let other = app::start(load::parse("other.toml", &text, []).expect("it is right"));
     let other = other.expect("it starts");
     let written = gate.send("POST", "/kv/a", b"v").await;
