@@ -469,6 +469,8 @@ impl Proxy {
         // The clock is read once for each turn of the loop and once for each answer.
         let mut now = now;
         if let Some(upload) = walk.upload.as_ref().filter(|_| request.class == Class::Write)
+            // Where a slot is free there is one for the last of it too, as good as always.
+            && cluster.writes.is_full()
             // What the client has yet to send after `100 Continue`, the node has to ask for.
             && !server::expects_continue(&walk.headers)
         {
@@ -1358,8 +1360,9 @@ impl Walk<'_> {
     }
 }
 
-/// How long a write waits for the rest of its body before it is sent without: who sends body and head
-/// one after the other is waited for, and one that waits for an answer before it sends more gets one.
+/// How long a write that has to wait for a slot waits for the rest of its body before it is sent
+/// without: who sends body and head one after the other is waited for, and one that waits for an
+/// answer before it sends more gets one.
 const GATHER: Duration = Duration::from_millis(100);
 /// Attempts after which a read whose nodes keep going back is given up.
 const GONE_BACK: usize = 4;

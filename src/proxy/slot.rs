@@ -1,9 +1,10 @@
 //! A write's slot among `max_writes`: for when it runs, not for how long its client takes.
 //!
 //! A node begins a write when it has all of it, and has done it when it answers. So a write whose body
-//! is here takes its slot before anything is sent, which is most of them; one whose body is still
-//! coming is sent without, and only the last of it waits for a slot. And the slot ends with the head
-//! of the answer. A client that sends or reads slowly, or a stream that is open for hours, keeps no
+//! is here takes its slot before anything is sent; one whose body is still coming is sent without,
+//! and only the last of it takes one. Where none is free, the rest of a body that is on its way is
+//! waited for first, so that few have to wait half sent. And the slot ends with the head of the
+//! answer. A client that sends or reads slowly, or a stream that is open for hours, keeps no
 //! slot from anybody.
 
 use std::{
