@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    sync::Semaphore,
+    sync::{Semaphore, mpsc},
     task::{JoinSet, LocalSet, yield_now},
     time::timeout,
 };
@@ -44,7 +44,7 @@ body_idle = "2s"
 port = 3000
 members = { type = "static", nodes = [{ name = "n0", address = "10.0.0.1" }] }
 primary = { type = "instance", name = "n0" }
-timeouts = { connect = "1s", response_header = "2s", idle = "2s" }
+timeouts = { connect = "1s", response_header = "2s", idle = "2s", tunnel_idle = "20s" }
 hold = { timeout = "1s" }
 "#;
 
@@ -69,9 +69,19 @@ pub(super) struct Seen {
     pub(super) ended: bool,
 }
 
-/// A client sends these pieces, one after the other, and reads until litegate ends the connection.
-/// The node answers each whole request as `answer` says, which gets the number of the request.
-pub(super) fn exchange(pieces: &[&[u8]], answer: impl Fn(usize, &Message) -> Answer) -> Seen {
+/// What the node speaks.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Speaks {
+    Http1,
+    H2,
+}
+
+/// Litegate between a client's connection and a node. Everything ends when `sides` has, and
+/// litegate with the client.
+pub(super) fn between<T>(
+    node: Speaks,
+    sides: impl AsyncFnOnce(Stream, mpsc::Receiver<Socket>) -> T,
+) -> T {
     fastrand::seed(0);
     let network = Network::default();
     let entered = network.enter();
@@ -81,55 +91,81 @@ pub(super) fn exchange(pieces: &[&[u8]], answer: impl Fn(usize, &Message) -> Ans
         .build()
         .expect("a runtime without IO needs nothing");
     let local = LocalSet::new();
-    let seen = local.block_on(&runtime, run(&network, pieces, &answer));
+    let seen = local.block_on(&runtime, async {
+        let arriving = network.listen([SocketAddr::from(([10, 0, 0, 1], 3000))]);
+        let connecting = network.listen([FRONT]);
+        let sides = async {
+            let client = Stream::connect(FRONT).await.expect("it is accepted");
+            sides(client, arriving).await
+        };
+        tokio::join!(litegate(node, connecting), sides).1
+    });
     drop(local);
     drop(runtime);
     drop(entered);
     seen
 }
 
-async fn run(
-    network: &Network,
-    pieces: &[&[u8]],
-    answer: &impl Fn(usize, &Message) -> Answer,
-) -> Seen {
-    let config = Arc::new(config::load::parse("fuzz", CONFIG, []).expect("it is right"));
-    let mut arriving = network.listen([SocketAddr::from(([10, 0, 0, 1], 3000))]);
-    let mut connecting = network.listen([FRONT]);
+async fn litegate(node: Speaks, mut connecting: mpsc::Receiver<Socket>) {
+    let speaks = if node == Speaks::H2 { "upstream = { protocol = \"h2\" }" } else { "" };
+    let config = config::load::parse("fuzz", &format!("{CONFIG}{speaks}"), []);
+    let config = Arc::new(config.expect("it is right"));
+    let metrics = Metrics::new();
+    let cluster = &config.clusters[0];
+    let discovery =
+        discovery::start(cluster, None, None, None, metrics.discovery(&cluster.name), |_| {});
+    let gate = Rc::new(wear(&config, &metrics, &discovery));
+    let socket = connecting.recv().await.expect("the client connects");
+    let (_trigger, drain) = server::drain::signal();
+    let origin = Origin { listener: 0, peer: PEER, local: FRONT, secure: false };
+    let (limits, handshakes) = (Rc::new(Cell::new(proxy::limits(&config))), Semaphore::new(1));
+    let stream = Stream::Simulated(socket);
+    let mut task = JoinSet::new();
+    task.spawn_local(server::run(stream, origin, gate, limits, Arc::new(handshakes), drain));
+    let over = timeout(PATIENCE, task.join_next()).await;
+    over.expect("every connection ends").expect("there is one").expect("nothing panics");
+}
+
+/// A client sends these pieces, one after the other, and reads until litegate ends the connection.
+/// The node answers each whole request as `answer` says, which gets the number of the request.
+pub(super) fn exchange(pieces: &[&[u8]], answer: impl Fn(usize, &Message) -> Answer) -> Seen {
     let received = RefCell::new(Vec::new());
     let requests = Cell::new(0);
+    let serve = |socket, number| serve(socket, number, &received, &requests, &answer);
+    let (client, ended) = between(Speaks::Http1, async |stream, arriving| {
+        client_and_node(stream, pieces, arriving, async |socket, number| {
+            let connections = received.borrow().len().max(number + 1);
+            received.borrow_mut().resize(connections, Vec::new());
+            serve(socket, number).await;
+        })
+        .await
+    });
+    Seen { node: received.take(), client, ended }
+}
+
+/// A client that sends these pieces, and what it got until the connection ended, and whether that
+/// did not break; beside a node that serves each connection.
+pub(super) async fn client_and_node(
+    mut stream: Stream,
+    pieces: &[&[u8]],
+    mut arriving: mpsc::Receiver<Socket>,
+    serve: impl AsyncFn(Socket, usize),
+) -> (Vec<u8>, bool) {
     let node = async {
         let mut connections = futures_util::stream::FuturesUnordered::new();
+        let mut number = 0;
         loop {
             tokio::select! {
                 socket = arriving.recv() => {
                     let Some(socket) = socket else { return };
-                    received.borrow_mut().push(Vec::new());
-                    let number = received.borrow().len() - 1;
-                    connections.push(serve(socket, number, &received, &requests, answer));
+                    connections.push(serve(socket, number));
+                    number += 1;
                 }
                 Some(()) = futures_util::StreamExt::next(&mut connections) => {}
             }
         }
     };
-    let litegate = async {
-        let metrics = Metrics::new();
-        let cluster = &config.clusters[0];
-        let discovery =
-            discovery::start(cluster, None, None, None, metrics.discovery(&cluster.name), |_| {});
-        let gate = Rc::new(wear(&config, &metrics, &discovery));
-        let socket = connecting.recv().await.expect("the client connects");
-        let (_trigger, drain) = server::drain::signal();
-        let origin = Origin { listener: 0, peer: PEER, local: FRONT, secure: false };
-        let (limits, handshakes) = (Rc::new(Cell::new(proxy::limits(&config))), Semaphore::new(1));
-        let stream = Stream::Simulated(socket);
-        let mut task = JoinSet::new();
-        task.spawn_local(server::run(stream, origin, gate, limits, Arc::new(handshakes), drain));
-        let over = timeout(PATIENCE, task.join_next()).await;
-        over.expect("every connection ends").expect("there is one").expect("nothing panics");
-    };
     let client = async {
-        let mut stream = Stream::connect(FRONT).await.expect("it is accepted");
         let (mut reads, mut writes) = tokio::io::split(&mut stream);
         let send = async {
             for piece in pieces {
@@ -142,15 +178,14 @@ async fn run(
         let (ended, ()) = tokio::join!(timeout(PATIENCE, reads.read_to_end(&mut got)), send);
         (got, ended.expect("litegate ends it in time").is_ok())
     };
-    let both = async { tokio::join!(litegate, client).1 };
     let mut node = std::pin::pin!(node);
-    let (client, ended) = tokio::select! {
+    let seen = tokio::select! {
         () = &mut node => unreachable!("it is there until the end"),
-        seen = both => seen,
+        seen = client => seen,
     };
     // What is under way.
     let _ = timeout(Duration::from_secs(1), node).await;
-    Seen { node: received.take(), client, ended }
+    seen
 }
 
 /// One connection of the node's.

@@ -2,6 +2,7 @@
 
 use super::{
     exchange::{Answer, Seen, exchange},
+    frames::{DATA, END_HEADERS, END_STREAM, HEADERS, block, frame, pairs},
     strict::{self, Framing, Message, Reading, Side},
 };
 
@@ -117,12 +118,13 @@ pub fn downgrade(data: &[u8]) {
     let trailers = parts.next().map(pairs);
     let mut wire = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec();
     let ends = body.is_empty() && trailers.is_none();
-    frame(&mut wire, 1, 4 | u8::from(ends), &block(&fields));
+    let head = END_HEADERS | if ends { END_STREAM } else { 0 };
+    frame(&mut wire, HEADERS, head, 1, &block(&fields));
     if !ends {
-        frame(&mut wire, 0, u8::from(trailers.is_none()), body);
+        frame(&mut wire, DATA, u8::from(trailers.is_none()), 1, body);
     }
     if let Some(trailers) = &trailers {
-        frame(&mut wire, 1, 5, &block(trailers));
+        frame(&mut wire, HEADERS, END_HEADERS | END_STREAM, 1, &block(trailers));
     }
     let seen = exchange(&[&wire], |_, message| echo(message));
     let forwarded = forwarded(&seen);
@@ -330,65 +332,4 @@ fn split<'d>(data: &'d [u8], at: &[u8]) -> Vec<&'d [u8]> {
     }
     parts.push(rest);
     parts
-}
-
-type Pair = (Vec<u8>, Vec<u8>);
-
-fn pairs(lines: &[u8]) -> Vec<Pair> {
-    let lines = lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
-    let pair = |line: &[u8]| {
-        let colon = line.windows(2).position(|two| two == b": ");
-        let (name, value) = line.split_at(colon.unwrap_or(line.len()));
-        (unescaped(name), unescaped(value.get(2..).unwrap_or_default()))
-    };
-    lines.map(pair).collect()
-}
-
-fn unescaped(text: &[u8]) -> Vec<u8> {
-    let mut plain = Vec::new();
-    let mut bytes = text.iter();
-    while let Some(byte) = bytes.next() {
-        plain.push(match byte {
-            b'\\' => match bytes.next() {
-                Some(b'r') => b'\r',
-                Some(b'n') => b'\n',
-                Some(b'0') => 0,
-                Some(other) => *other,
-                None => b'\\',
-            },
-            other => *other,
-        });
-    }
-    plain
-}
-
-/// One frame of stream 1 (RFC 9113 section 4.1).
-fn frame(wire: &mut Vec<u8>, kind: u8, flags: u8, payload: &[u8]) {
-    let [_, a, b, c] = u32::try_from(payload.len()).expect("it is bounded").to_be_bytes();
-    wire.extend_from_slice(&[a, b, c, kind, flags, 0, 0, 0, 1]);
-    wire.extend_from_slice(payload);
-}
-
-/// Literal fields without indexing or compression (RFC 7541 section 6.2.2).
-fn block(fields: &[Pair]) -> Vec<u8> {
-    let mut block = Vec::new();
-    for (name, value) in fields {
-        block.push(0);
-        for text in [name, value] {
-            let mut length = text.len();
-            if length < 127 {
-                block.push(u8::try_from(length).expect("it is less than 127"));
-            } else {
-                block.push(127);
-                length -= 127;
-                while length >= 128 {
-                    block.push(u8::try_from(length % 128 + 128).expect("it is less than 256"));
-                    length /= 128;
-                }
-                block.push(u8::try_from(length).expect("it is less than 128"));
-            }
-            block.extend_from_slice(text);
-        }
-    }
-    block
 }

@@ -14,13 +14,16 @@
 
 mod edges;
 mod exchange;
+mod frames;
 mod http;
 mod strict;
+mod tunnel;
 mod words;
 
 pub use self::{
     edges::{h2_frames, headers, proxy_protocol, websocket},
     http::{answer, downgrade, request},
+    tunnel::tunnel,
     words::{config, consul, litefs, replay, token},
 };
 
@@ -34,7 +37,7 @@ mod tests {
 
     type Target = fn(&[u8]);
 
-    const TARGETS: [(&str, Target); 12] = [
+    const TARGETS: [(&str, Target); 13] = [
         ("answer", super::answer),
         ("config", super::config),
         ("consul", super::consul),
@@ -46,6 +49,7 @@ mod tests {
         ("replay", super::replay),
         ("request", super::request),
         ("token", super::token),
+        ("tunnel", super::tunnel),
         ("websocket", super::websocket),
     ];
 
