@@ -113,3 +113,23 @@ fn unescaped(text: &[u8]) -> Vec<u8> {
     }
     plain
 }
+
+/// The value of a field in a block, if all of it up to there is literals as [`block`] writes them.
+pub(super) fn literal(mut block: &[u8], name: &[u8]) -> Option<Vec<u8>> {
+    loop {
+        block = block.strip_prefix(&[0])?;
+        let mut texts = [&block[..0]; 2];
+        for text in &mut texts {
+            let (length, rest) = block.split_first()?;
+            // Not compressed, and short.
+            let length = usize::from(*length);
+            if length >= 127 || rest.len() < length {
+                return None;
+            }
+            (*text, block) = rest.split_at(length);
+        }
+        if texts[0] == name {
+            return Some(texts[1].to_vec());
+        }
+    }
+}

@@ -179,12 +179,12 @@ fn echo(message: &Message) -> Answer {
     Answer { bytes: [head.into_bytes(), body].concat(), close: false }
 }
 
-fn is_of_the_node(answer: &Message) -> bool {
+pub(super) fn is_of_the_node(answer: &Message) -> bool {
     answer.status() == 200 && answer.has("x-node")
 }
 
 /// Whether it is litegate's own.
-fn is_own(answer: &Message) -> bool {
+pub(super) fn is_own(answer: &Message) -> bool {
     answer.has("proxy-status") && answer.status() >= 400
 }
 
@@ -206,7 +206,7 @@ fn forwarded(seen: &Seen) -> Vec<Message> {
 }
 
 /// What the client got, in answer to requests of these methods.
-fn answers(seen: &Seen, methods: &[Vec<u8>]) -> Vec<Message> {
+pub(super) fn answers(seen: &Seen, methods: &[Vec<u8>]) -> Vec<Message> {
     // hyper forgets the head that it refuses for what is in it, and with it that it was a HEAD: that
     // refusal has a body, and the connection ends behind it.
     let mut methods = methods.to_vec();

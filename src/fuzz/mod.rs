@@ -16,6 +16,7 @@ mod edges;
 mod exchange;
 mod frames;
 mod http;
+mod node;
 mod strict;
 mod tunnel;
 mod words;
@@ -23,6 +24,7 @@ mod words;
 pub use self::{
     edges::{h2_frames, headers, proxy_protocol, websocket},
     http::{answer, downgrade, request},
+    node::answer_h2,
     tunnel::tunnel,
     words::{config, consul, litefs, replay, token},
 };
@@ -37,8 +39,9 @@ mod tests {
 
     type Target = fn(&[u8]);
 
-    const TARGETS: [(&str, Target); 13] = [
+    const TARGETS: [(&str, Target); 14] = [
         ("answer", super::answer),
+        ("answer_h2", super::answer_h2),
         ("config", super::config),
         ("consul", super::consul),
         ("downgrade", super::downgrade),
