@@ -33,6 +33,7 @@ use tokio::{
 use super::{
     h2::{self, H2, Handle},
     heads::Heads,
+    resets::Resets,
 };
 use crate::{
     decide::{Failure, FailureKind},
@@ -94,7 +95,7 @@ pub struct Wire {
     unclear: Cell<bool>,
     heads: Heads,
     /// Of HTTP/2.
-    greeting: Option<Greeting>,
+    frames: Option<(Greeting, Resets)>,
 }
 
 /// The node's first frame: its SETTINGS (RFC 9113 section 3.4).
@@ -128,13 +129,13 @@ impl Greeting {
 impl Wire {
     /// For a connection that many exchanges share.
     pub(super) fn of_h2() -> Self {
-        Self { greeting: Some(Greeting::default()), ..Self::default() }
+        Self { frames: Some((Greeting::default(), Resets::default())), ..Self::default() }
     }
 
     /// Waits until the node has said what it allows. Whoever waits is woken after its frame was
     /// looked into.
     pub(super) async fn greeted(&self) {
-        let Some(greeting) = &self.greeting else { return };
+        let Some((greeting, _)) = &self.frames else { return };
         while !greeting.complete.get() {
             greeting.completed.notified().await;
         }
@@ -463,12 +464,13 @@ impl AsyncRead for NodeIo {
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let result = Pin::new(&mut self.stream).poll_read(cx, buf);
-        let new = buf.filled().get(before..).unwrap_or_default();
+        let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
         if !new.is_empty() {
             self.wire.answered.set(true);
             self.wire.heard.set(true);
-            if let Some(greeting) = &self.wire.greeting {
+            if let Some((greeting, resets)) = &self.wire.frames {
                 greeting.see(new);
+                resets.see(new);
             }
             if !self.wire.heads.see(new) {
                 self.wire.unclear.set(true);

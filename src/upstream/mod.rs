@@ -7,6 +7,7 @@ mod gate;
 mod h2;
 mod heads;
 mod node;
+mod resets;
 
 pub use connection::{Connection, Wire};
 pub use dial::{ConnectError, Opened, open};
