@@ -2,7 +2,7 @@
 
 use super::{
     exchange::{Answer, Seen, exchange},
-    frames::{DATA, END_HEADERS, END_STREAM, HEADERS, block, frame, pairs},
+    frames::{DATA, END_HEADERS, END_STREAM, HEADERS, RST_STREAM, block, frame, pairs},
     strict::{self, Framing, Message, Reading, Side},
 };
 
@@ -105,9 +105,11 @@ pub fn answer(data: &[u8]) {
 }
 
 /// A request by HTTP/2, spelled as lines of `name: value` with `\r`, `\n` and `\0` for what they
-/// stand for, an empty line, its body, and perhaps another empty line and trailers.
+/// stand for, an empty line, its body, and perhaps another empty line and trailers; or `!` and a
+/// digit, the reason for which the client takes it back.
 ///
-/// A node that speaks HTTP/1.1 gets this one request or none.
+/// A node that speaks HTTP/1.1 gets this one request or none, and not one that looks whole and is
+/// not.
 pub fn downgrade(data: &[u8]) {
     if data.len() > 8 << 10 {
         return;
@@ -115,18 +117,27 @@ pub fn downgrade(data: &[u8]) {
     let mut parts = split(data, b"\n\n").into_iter();
     let fields = pairs(parts.next().unwrap_or_default());
     let body = parts.next().unwrap_or_default();
-    let trailers = parts.next().map(pairs);
+    let last = parts.next();
+    let taken_back = last.and_then(|last| match last {
+        [b'!', digit] => char::from(*digit).to_digit(16),
+        _ => None,
+    });
+    let trailers = last.filter(|_| taken_back.is_none()).map(pairs);
     let mut wire = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec();
-    let ends = body.is_empty() && trailers.is_none();
+    let ends = body.is_empty() && last.is_none();
     let head = END_HEADERS | if ends { END_STREAM } else { 0 };
     frame(&mut wire, HEADERS, head, 1, &block(&fields));
     if !ends {
-        frame(&mut wire, DATA, u8::from(trailers.is_none()), 1, body);
+        frame(&mut wire, DATA, u8::from(last.is_none()), 1, body);
     }
     if let Some(trailers) = &trailers {
         frame(&mut wire, HEADERS, END_HEADERS | END_STREAM, 1, &block(trailers));
     }
-    let seen = exchange(&[&wire], |_, message| echo(message));
+    let mut reset = Vec::new();
+    if let Some(reason) = taken_back {
+        frame(&mut reset, RST_STREAM, 0, 1, &reason.to_be_bytes());
+    }
+    let seen = exchange(&[&wire, &reset], |_, message| echo(message));
     let forwarded = forwarded(&seen);
     assert!(forwarded.len() <= 1, "one request became {forwarded:#?}");
     let Some(message) = forwarded.first() else { return };
@@ -146,13 +157,16 @@ pub fn downgrade(data: &[u8]) {
         // Blanks around a value are no part of it for HTTP/1.1.
         (String::from_utf8_lossy(name).to_ascii_lowercase(), value.trim_ascii().to_vec())
     });
+    // Which it also is with all the bytes that it said it has.
+    let length = String::from_utf8_lossy(&of("content-length")).parse();
+    let is_whole = is_websocket || length == Ok(body.len()) || length == Ok(0);
     let original = Message {
         line,
         fields: usual.collect(),
         // A head that says that nothing follows is a whole request, and passed on before anything can;
         // what follows one that asks for a WebSocket is no body.
         body: if is_websocket || of("content-length") == b"0" { Vec::new() } else { body.to_vec() },
-        complete: true,
+        complete: taken_back.is_none() || is_whole,
         ..Message::default()
     };
     assert!(is_same(&original, message), "{message:#?}\nfrom {original:#?}");

@@ -104,10 +104,8 @@ impl Body for Incoming {
                     }
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
-                // RFC 9113 section 8.1: the client needs no more of its answer, and sends no more.
-                Some(Err(error)) if error.reason() == Some(Reason::NO_ERROR) => {
-                    return Poll::Ready(None);
-                }
+                // Whatever its reason: only a server may reset a stream with NO_ERROR and mean that
+                // all is well (RFC 9113 section 8.1). Half an upload must not look whole to a node.
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
                 None => *data_ended = true,
             }
@@ -117,7 +115,6 @@ impl Body for Incoming {
                 Poll::Ready(Some(Err(h2::Error::from(Reason::PROTOCOL_ERROR).into())))
             }
             Ok(trailers) => Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers)))),
-            Err(error) if error.reason() == Some(Reason::NO_ERROR) => Poll::Ready(None),
             Err(error) => Poll::Ready(Some(Err(error.into()))),
         }
     }
