@@ -82,6 +82,112 @@ mod tests {
         assert!(failed.is_empty(), "these seeds break what must hold: {failed:?}");
     }
 
+    /// Words from `fuzz/dictionaries`.
+    fn words(target: &str) -> Vec<Vec<u8>> {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/dictionaries").join(target);
+        let text = fs::read_to_string(file.with_extension("dict")).unwrap_or_default();
+        let quoted = text.lines().filter_map(|line| line.strip_prefix('"')?.strip_suffix('"'));
+        let word = |quoted: &str| {
+            let (mut word, mut bytes) = (Vec::new(), quoted.bytes());
+            while let Some(byte) = bytes.next() {
+                word.push(match (byte, byte == b'\\') {
+                    (_, true) => match bytes.next().expect("something is escaped") {
+                        b'x' => {
+                            let digits: Vec<u8> = bytes.by_ref().take(2).collect();
+                            let digits = String::from_utf8(digits).expect("digits");
+                            u8::from_str_radix(&digits, 16).expect("digits")
+                        }
+                        other => other,
+                    },
+                    (byte, false) => byte,
+                });
+            }
+            word
+        };
+        quoted.map(word).collect()
+    }
+
+    /// Something like one of these, and perhaps like two.
+    fn like(seeds: &[Vec<u8>], words: &[Vec<u8>], rng: &mut fastrand::Rng) -> Vec<u8> {
+        let seed = |rng: &mut fastrand::Rng| seeds[rng.usize(..seeds.len())].clone();
+        let mut data = seed(rng);
+        for _ in 0..rng.usize(1..5) {
+            let at = rng.usize(..=data.len());
+            let end = rng.usize(at..=data.len().min(at + 16));
+            match rng.u8(..8) {
+                0 | 1 if !words.is_empty() => {
+                    let word = &words[rng.usize(..words.len())];
+                    data.splice(at..if rng.bool() { at } else { end }, word.iter().copied());
+                }
+                2 => drop(data.drain(at..end)),
+                3 => {
+                    let piece = data[at..end].to_vec();
+                    let to = rng.usize(..=data.len());
+                    data.splice(to..to, piece);
+                }
+                4 => {
+                    let other = seed(rng);
+                    data.truncate(at);
+                    data.extend_from_slice(&other[rng.usize(..=other.len())..]);
+                }
+                5 => data.insert(at, *rng.choice(b"\r\n\0\t :;,=\"\\\x7f\x80\xff0").expect("some")),
+                6 if at < data.len() => data[at] ^= 1 << rng.u8(..8),
+                _ if at < data.len() => data[at] = rng.u8(..),
+                _ => data.push(rng.u8(..)),
+            }
+        }
+        data.truncate(4096);
+        data
+    }
+
+    /// `LITEGATE_FUZZ_INPUTS` of them: the same ones every time and everywhere, as nothing but the
+    /// corpus, the dictionary and the number of an input decides what it is.
+    fn what_is_like_the_corpus_holds(target: &str) {
+        let inputs = std::env::var("LITEGATE_FUZZ_INPUTS");
+        let inputs = inputs.map_or(100, |inputs| inputs.parse().expect("a number of inputs"));
+        let run = TARGETS.iter().find(|(name, _)| *name == target).expect("there is one").1;
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let corpus = root.join("fuzz/corpus").join(target);
+        let read = |name: String| fs::read(corpus.join(name)).expect("it can be read");
+        let seeds: Vec<Vec<u8>> = names(&corpus).into_iter().map(read).collect();
+        let words = words(target);
+        for number in 0..inputs {
+            let data = like(&seeds, &words, &mut fastrand::Rng::with_seed(number));
+            if catch_unwind(AssertUnwindSafe(|| run(&data))).is_err() {
+                let artifacts = root.join("target/fuzz/artifacts");
+                fs::create_dir_all(&artifacts).expect("it can be made");
+                let file = artifacts.join(format!("{target}-{number}"));
+                fs::write(&file, &data).expect("it can be written");
+                panic!("input {number} breaks {target}: {}", file.display());
+            }
+        }
+    }
+
+    #[test]
+    fn answers_like_the_corpus_hold() {
+        what_is_like_the_corpus_holds("answer");
+    }
+
+    #[test]
+    fn answers_over_h2_like_the_corpus_hold() {
+        what_is_like_the_corpus_holds("answer_h2");
+    }
+
+    #[test]
+    fn requests_like_the_corpus_hold() {
+        what_is_like_the_corpus_holds("request");
+    }
+
+    #[test]
+    fn requests_over_h2_like_the_corpus_hold() {
+        what_is_like_the_corpus_holds("downgrade");
+    }
+
+    #[test]
+    fn tunnels_like_the_corpus_hold() {
+        what_is_like_the_corpus_holds("tunnel");
+    }
+
     #[test]
     fn every_target_is_a_file_and_has_a_corpus() {
         let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
