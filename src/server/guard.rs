@@ -126,18 +126,47 @@ struct Head {
 /// BWS chunk-ext-val ] ) CRLF`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Chunk {
-    Size { size: u64, digits: u8 },
-    SizeBlank { size: u64 },
-    NameBlank { size: u64 },
-    Name { size: u64 },
-    NameEnd { size: u64 },
-    ValueBlank { size: u64 },
-    Value { size: u64 },
-    Quoted { size: u64 },
-    Escaped { size: u64 },
-    ValueEnd { size: u64 },
-    Lf { size: u64 },
-    Data { left: u64 },
+    Size {
+        size: u64,
+        digits: u8,
+    },
+    SizeBlank {
+        size: u64,
+    },
+    NameBlank {
+        size: u64,
+    },
+    Name {
+        size: u64,
+    },
+    NameEnd {
+        size: u64,
+    },
+    ValueBlank {
+        size: u64,
+    },
+    Value {
+        size: u64,
+    },
+    Quoted {
+        size: u64,
+    },
+    Escaped {
+        size: u64,
+    },
+    ValueEnd {
+        size: u64,
+    },
+    /// White space behind a value: another extension follows.
+    Gap {
+        size: u64,
+    },
+    Lf {
+        size: u64,
+    },
+    Data {
+        left: u64,
+    },
     DataCr,
     DataLf,
 }
@@ -359,7 +388,6 @@ impl Chunk {
             (
                 Self::Size { size, .. }
                 | Self::Name { size }
-                | Self::NameEnd { size }
                 | Self::Value { size }
                 | Self::ValueEnd { size },
                 b'\r',
@@ -370,7 +398,8 @@ impl Chunk {
                 | Self::Name { size }
                 | Self::NameEnd { size }
                 | Self::Value { size }
-                | Self::ValueEnd { size },
+                | Self::ValueEnd { size }
+                | Self::Gap { size },
                 b';',
             ) => Self::NameBlank { size },
             // White space is for what an extension may follow.
@@ -390,12 +419,16 @@ impl Chunk {
             (Self::ValueBlank { size } | Self::Value { size }, byte) if is_token(byte) => {
                 Self::Value { size }
             }
-            (Self::Value { size } | Self::ValueEnd { size }, b' ' | b'\t') => {
-                Self::ValueEnd { size }
+            (Self::Value { size } | Self::ValueEnd { size } | Self::Gap { size }, b' ' | b'\t') => {
+                Self::Gap { size }
             }
-            (Self::ValueBlank { .. } | Self::Value { .. } | Self::ValueEnd { .. }, _) => {
-                return bad;
-            }
+            (
+                Self::ValueBlank { .. }
+                | Self::Value { .. }
+                | Self::ValueEnd { .. }
+                | Self::Gap { .. },
+                _,
+            ) => return bad,
             (Self::Quoted { size }, b'"') => Self::ValueEnd { size },
             (Self::Quoted { size }, b'\\') => Self::Escaped { size },
             (Self::Quoted { size } | Self::Escaped { size }, byte) if is_text(byte) => {
@@ -485,6 +518,9 @@ mod tests {
             (&format!("{post}1;a=\"b|\r\n"), Fault::ChunkExtension),
             (&format!("{post}1;a=\"b\"|c\r\n"), Fault::ChunkExtension),
             (&format!("{post}1;a|(b\r\n"), Fault::ChunkExtension),
+            (&format!("{post}1;a |\r\n"), Fault::ChunkExtension),
+            (&format!("{post}1;a=b |\r\n"), Fault::ChunkExtension),
+            (&format!("{post}1;a=\"b\" |\r\n"), Fault::ChunkExtension),
             (&format!("{post}0\r\n|\n"), Fault::BareLf(Place::Trailers)),
             (&format!("{post}0\r\nx: y|\n\r\n"), Fault::BareLf(Place::Trailers)),
         ] {
