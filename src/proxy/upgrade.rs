@@ -7,16 +7,17 @@
 
 use std::{
     cell::Cell,
-    future::Future,
+    future::{Future, poll_fn},
     io,
-    pin::pin,
+    pin::{Pin, pin},
+    task::{Poll, ready},
     time::{Duration, Instant as Time},
 };
 
 use bytes::Bytes;
+use futures_util::stream::{FuturesUnordered, Stream as _};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, split},
-    sync::Notify,
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf, split},
     time::{Instant, sleep, sleep_until},
 };
 
@@ -62,21 +63,20 @@ pub(super) async fn join(
 ) -> Option<Leave> {
     let Sides { client, from_client, node, from_node, websocket } = sides;
     let active = Cell::new(Instant::now());
-    let (left, leaving) = (Cell::new(None), Notify::new());
+    let left = Cell::new(None);
     let (client_read, client_write) = split(client);
     let (node_read, node_write) = split(node);
     let upward = pin!(carry(client_read, node_write, from_client, &active));
-    let farewell = Farewell { left: &left, leaving: &leaving };
     let downward = async {
         if websocket {
-            carry_frames(node_read, client_write, from_node, &active, farewell).await
+            carry_frames(node_read, client_write, from_node, &active, &left).await
         } else {
             carry(node_read, client_write, from_node, &active).await
         }
     };
     let downward = pin!(downward);
-    let both = pin!(async { tokio::try_join!(upward, downward) });
-    let silent = pin!(async {
+    let mut both = pin!(async { tokio::try_join!(upward, downward) });
+    let silent = async {
         loop {
             let until = active.get() + idle;
             if until <= Instant::now() {
@@ -84,19 +84,28 @@ pub(super) async fn join(
             }
             sleep_until(until).await;
         }
-    });
-    let told = pin!(async {
+    };
+    let told = async {
         left.set(Some(leave.await));
         if websocket {
-            leaving.notify_one();
             sleep(FAREWELL).await;
         }
-    });
-    tokio::select! {
-        _ = both => {}
-        () = silent => {}
-        () = told => {}
-    }
+    };
+    // A set of its own, so that it is polled when it is woken and not with every message.
+    let mut over = FuturesUnordered::from_iter([async {
+        tokio::select! {
+            () = silent => {}
+            () = told => {}
+        }
+    }]);
+    poll_fn(|cx| {
+        // First, since the frames are to know of it.
+        if let Poll::Ready(Some(())) = Pin::new(&mut over).poll_next(cx) {
+            return Poll::Ready(());
+        }
+        both.as_mut().poll(cx).map(|_| ())
+    })
+    .await;
     left.get()
 }
 
@@ -121,46 +130,46 @@ async fn carry(
     }
 }
 
-/// The word that it is time to leave.
-#[derive(Clone, Copy, Debug)]
-struct Farewell<'a> {
-    left: &'a Cell<Option<Leave>>,
-    leaving: &'a Notify,
-}
-
-/// [`carry`] for the frames of a WebSocket server: on `farewell`, a close frame follows the frame
-/// that is under way, and whatever the node still sends is dropped.
+/// [`carry`] for the frames of a WebSocket server: once it has `left`, a close frame follows the
+/// frame that is under way, and whatever the node still sends is dropped. Whoever says so polls this
+/// next.
 async fn carry_frames(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     first: Bytes,
     active: &Cell<Instant>,
-    farewell: Farewell<'_>,
+    left: &Cell<Option<Leave>>,
 ) -> io::Result<()> {
     let mut frames = Frames::default();
     frames.see(&first);
     to.write_all(&first).await?;
     to.flush().await?;
     let mut buffer = vec![0; BUFFER];
-    let mut said = false;
+    let (mut told, mut said) = (false, false);
     loop {
-        let leave = farewell.left.get().filter(|_| !said && !frames.is_closed());
+        let leave = left.get().filter(|_| !said && !frames.is_closed());
         if let Some(leave) = leave.filter(|_| frames.is_between()) {
             to.write_all(&websocket::close(code(leave))).await?;
             to.flush().await?;
             said = true;
         }
-        let n = tokio::select! {
-            n = from.read(&mut buffer) => n?,
-            // Once: what it says is looked up above.
-            () = farewell.leaving.notified() => continue,
-        };
+        let read = poll_fn(|cx| {
+            if !told && left.get().is_some() {
+                // Once: what it says is looked up above.
+                told = true;
+                return Poll::Ready(Ok(None));
+            }
+            let mut buffer = ReadBuf::new(&mut buffer);
+            ready!(Pin::new(&mut from).poll_read(cx, &mut buffer))?;
+            Poll::Ready(io::Result::Ok(Some(buffer.filled().len())))
+        });
+        let Some(n) = read.await? else { continue };
         if n == 0 {
             return to.shutdown().await;
         }
         active.set(Instant::now());
         let bytes = buffer.get(..n).unwrap_or_default();
-        let bytes = match farewell.left.get() {
+        let bytes = match left.get() {
             _ if said => &[],
             Some(_) if !frames.is_closed() => {
                 let end = frames.frame(bytes);
