@@ -40,8 +40,22 @@ const DURABILITY: HeaderName = HeaderName::from_static("litegate-durability");
 /// How long the feed may be behind an answer before the node is asked instead.
 const FEED: Duration = Duration::from_millis(20);
 
+/// Whoever writes within so many milliseconds is sent to the primary until the same moment, and so
+/// gets the same token.
+const ALIKE: u64 = 100;
+
 /// What a write's answer brings along.
 pub(super) type Fields = SmallVec<[(HeaderName, HeaderValue); 4]>;
+
+/// A token as a write's client was given it. Writes that end together often get one and the same.
+#[derive(Debug)]
+pub(super) struct Given {
+    token: Token,
+    /// Whether the client came by https.
+    secure: bool,
+    cookie: Option<HeaderValue>,
+    text: Option<HeaderValue>,
+}
 
 /// Who is told, and how.
 pub(super) struct To<'a> {
@@ -91,14 +105,15 @@ impl To<'_> {
             (None, Mode::Token) | (_, Mode::Affinity) => {
                 let until = unix_millis()
                     .saturating_add(u64::try_from(rules.affinity.as_millis()).unwrap_or(u64::MAX));
+                let until = until.checked_next_multiple_of(ALIKE).unwrap_or(u64::MAX);
                 // What the client has seen before still counts, above all if it gets lost.
                 let seen = self.seen_before().filter(|_| rules.mode == Mode::Token);
                 if let Some((need, beyond)) = seen {
                     let age = rules.token_age.as_secs().max(1);
-                    self.carry(&Token::Blind { need, beyond, until }, age, fields);
+                    self.carry(Token::Blind { need, beyond, until }, age, fields);
                 } else {
                     let age = rules.affinity.as_secs().max(1);
-                    self.carry(&Token::Affinity(until), age, fields);
+                    self.carry(Token::Affinity(until), age, fields);
                 }
             }
         }
@@ -200,7 +215,7 @@ impl To<'_> {
 
     fn give(&self, need: &Need, fields: &mut Fields) {
         let rules = &self.cluster.config.consistency;
-        self.carry(&Token::Need(need.clone()), rules.token_age.as_secs().max(1), fields);
+        self.carry(Token::Need(need.clone()), rules.token_age.as_secs().max(1), fields);
         let is_set = self
             .head
             .get_all(header::SET_COOKIE)
@@ -218,18 +233,29 @@ impl To<'_> {
         }
     }
 
-    fn carry(&self, token: &Token, seconds: u64, fields: &mut Fields) {
-        let token = token.encode(&self.cluster.key());
+    fn carry(&self, token: Token, seconds: u64, fields: &mut Fields) {
+        // With another key, what was given before is forgotten.
+        let key = self.cluster.key();
         self.cluster.counted(|cells| cells.issued.add(1));
-        if self.cluster.config.consistency.cookie && self.takes_cookies() {
-            let secure = if self.secure { "; Secure" } else { "" };
-            let name = self.cookie;
-            let text = format!(
-                "{name}={token}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
-            );
-            fields.extend(HeaderValue::try_from(text).ok().map(|text| (header::SET_COOKIE, text)));
+        let mut given = self.cluster.given.borrow_mut();
+        if !given.as_ref().is_some_and(|given| given.token == token && given.secure == self.secure)
+        {
+            let text = token.encode(&key);
+            let (name, secure) = (self.cookie, if self.secure { "; Secure" } else { "" });
+            let cookie =
+                format!("{name}={text}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}");
+            *given = Some(Given {
+                token,
+                secure: self.secure,
+                cookie: HeaderValue::try_from(cookie).ok(),
+                text: HeaderValue::try_from(text).ok(),
+            });
         }
-        fields.extend(HeaderValue::try_from(token).ok().map(|token| (TOKEN, token)));
+        let Some(given) = &*given else { return };
+        if self.cluster.config.consistency.cookie && self.takes_cookies() {
+            fields.extend(given.cookie.clone().map(|cookie| (header::SET_COOKIE, cookie)));
+        }
+        fields.extend(given.text.clone().map(|text| (TOKEN, text)));
     }
 
     /// A cookie on an answer that shared caches keep would be everybody's.

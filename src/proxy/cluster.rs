@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 use tokio::time::{Instant, sleep_until};
 
 use super::{
+    acknowledge::Given,
     attempt::Node,
     body::RequestBody,
     causal::LastWrites,
@@ -113,6 +114,8 @@ pub(super) struct Cluster {
     key: RefCell<Option<KeyOf>>,
     /// Tokens that were signed with it.
     tokens: RefCell<Tokens>,
+    /// The last one that a write's client was given.
+    pub(super) given: RefCell<Option<Given>>,
     /// The primaries so far, as this worker last saw them: a session notes by which it was judged,
     /// and does so without a counter that all workers share.
     lineage: RefCell<Lineage>,
@@ -161,6 +164,7 @@ impl Cluster {
             shard,
             key: RefCell::default(),
             tokens: RefCell::default(),
+            given: RefCell::default(),
             lineage: RefCell::default(),
             strangers: RefCell::default(),
             cookies,
@@ -210,6 +214,7 @@ impl Cluster {
                 let key = Rc::new(Key::derive(secret, id.as_deref().unwrap_or(&self.config.name)));
                 *known = Some((id.clone(), Rc::clone(&key)));
                 self.tokens.borrow_mut().clear();
+                *self.given.borrow_mut() = None;
                 key
             }
         }
