@@ -88,7 +88,8 @@ pub struct Conn {
     sent: Cell<u64>,
     interim: RefCell<Vec<Bytes>>,
     has_interim: Cell<bool>,
-    interim_waker: RefCell<Option<Waker>>,
+    /// Of whoever answers.
+    waker: RefCell<Option<Waker>>,
     takeover: RefCell<Option<Takeover>>,
     reset: Cell<bool>,
     /// The first bytes are those of HTTP/2.
@@ -138,13 +139,21 @@ impl Conn {
             sent: Cell::new(0),
             interim: RefCell::default(),
             has_interim: Cell::new(false),
-            interim_waker: RefCell::default(),
+            waker: RefCell::default(),
             takeover: RefCell::default(),
             reset: Cell::new(false),
             is_h2: Cell::new(false),
             ambiguous: Cell::new(None),
             is_last: Cell::new(false),
         }
+    }
+
+    /// For one stream of HTTP/2, of which a request has just arrived.
+    pub(super) fn stream(origin: Origin, drain: drain::Watch, has_body: bool) -> Self {
+        let stream = Self::new(origin, drain);
+        stream.phase.set(Phase::Head);
+        stream.request_arrived(has_body);
+        stream
     }
 
     /// For the socket that the streams of an HTTP/2 connection share: it carries no request itself.
@@ -212,17 +221,22 @@ impl Conn {
         if interim.len() < INTERIM_WAITING {
             interim.push(head);
             self.has_interim.set(true);
-            if let Some(waker) = self.interim_waker.take() {
-                waker.wake();
-            }
+            self.wake();
         }
     }
 
-    /// Has whoever sends them woken by the next.
-    pub(super) fn wake_for_interim(&self, waker: &Waker) {
-        let mut known = self.interim_waker.borrow_mut();
+    /// Whom an interim answer wakes, and a deadline that has passed.
+    pub(super) fn wakes(&self, waker: &Waker) {
+        let mut known = self.waker.borrow_mut();
         if !known.as_ref().is_some_and(|known| known.will_wake(waker)) {
             *known = Some(waker.clone());
+        }
+    }
+
+    /// Has whoever answers polled.
+    pub(super) fn wake(&self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
         }
     }
 

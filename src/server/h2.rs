@@ -1,8 +1,8 @@
 //! One client connection that speaks HTTP/2.
 //!
-//! h2 does the framing. Each stream has a [`Conn`] of its own, whose deadlines are kept by
-//! a timer around what answers it; another `Conn`, the *link*, notes what happens on the socket
-//! they share. [`Frames`] watches what the client sends for floods.
+//! h2 does the framing. Each stream has a [`Conn`] of its own; another `Conn`, the *link*, notes what
+//! happens on the socket they share. One timer keeps the time of all of them, so that no stream has
+//! to arm one. [`Frames`] watches what the client sends for floods.
 
 use std::{
     cell::{Cell, RefCell},
@@ -53,16 +53,60 @@ struct Shared {
     idle_since: Cell<Instant>,
     /// What the connection has yet to take up.
     new: RefCell<Vec<Task>>,
+    /// The earliest deadline that a stream has set since the connection last looked.
+    due: Cell<Option<Instant>>,
     limits: Limits,
 }
 
-/// What answers a request, or carries a tunnel. Boxed: it is thousands of bytes, which nobody should
-/// move.
-type Task = Pin<Box<dyn Future<Output = ()>>>;
+/// What answers a request, or carries a tunnel.
+struct Task {
+    /// Boxed: it is thousands of bytes, which nobody should move.
+    work: Pin<Box<dyn Future<Output = ()>>>,
+    /// Whose time is kept. A tunnel has limits of its own.
+    conn: Option<Rc<Conn>>,
+    /// The client does not take its response.
+    stalled: Cell<bool>,
+    open: Open,
+}
+
+impl Task {
+    /// Compares how long things have taken with how long they may: when to look again.
+    fn look(&self, now: Instant) -> Instant {
+        let Some(conn) = &self.conn else { return now + TICK };
+        match conn.look_at_stream(now, &self.open.0.limits) {
+            Look::At(at) => return at,
+            Look::Poll => {}
+            Look::Stop(_) => self.stalled.set(true),
+        }
+        conn.wake();
+        now + TICK
+    }
+}
+
+impl Future for Task {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self.get_mut();
+        if this.stalled.get() {
+            // Dropping it resets the stream.
+            return Poll::Ready(());
+        }
+        let Some(conn) = &this.conn else { return this.work.as_mut().poll(cx) };
+        conn.wakes(cx.waker());
+        let polled = this.work.as_mut().poll(cx);
+        if let Some(at) = conn.take_rearm() {
+            let due = &this.open.0.due;
+            due.set(Some(due.get().map_or(at, |due| due.min(at))));
+        }
+        polled
+    }
+}
 
 impl Shared {
-    fn spawn(&self, task: impl Future<Output = ()> + 'static) {
-        self.new.borrow_mut().push(Box::pin(task));
+    fn spawn(self: &Rc<Self>, conn: Option<Rc<Conn>>, work: Pin<Box<dyn Future<Output = ()>>>) {
+        let (stalled, open) = (Cell::new(false), Open::new(self));
+        self.new.borrow_mut().push(Task { work, conn, stalled, open });
     }
 
     /// Goes on with those that can, new ones among them.
@@ -92,41 +136,10 @@ impl Open {
 impl Drop for Open {
     fn drop(&mut self) {
         self.0.open.set(self.0.open.get() - 1);
-        self.0.idle_since.set(Instant::now());
-    }
-}
-
-/// Runs a stream's task, and keeps its time.
-async fn watched(mut task: Task, conn: Rc<Conn>, open: Open) {
-    let limits = open.0.limits;
-    let mut timer = pin!(sleep_until(Instant::now() + TICK));
-    poll_fn(|cx| {
-        loop {
-            if task.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(());
-            }
-            if let Some(at) = conn.take_rearm().filter(|at| *at < timer.deadline()) {
-                timer.as_mut().reset(at);
-            }
-            let mut poll_again = false;
-            while timer.as_mut().poll(cx).is_ready() {
-                let now = Instant::now();
-                match conn.look_at_stream(now, &limits) {
-                    Look::At(at) => timer.as_mut().reset(at),
-                    Look::Poll => {
-                        timer.as_mut().reset(now + TICK);
-                        poll_again = true;
-                    }
-                    // The client does not take its response: dropping the task resets the stream.
-                    Look::Stop(_) => return Poll::Ready(()),
-                }
-            }
-            if !poll_again {
-                return Poll::Pending;
-            }
+        if self.0.open.get() == 0 {
+            self.0.idle_since.set(Instant::now());
         }
-    })
-    .await;
+    }
 }
 
 /// A response body that notes when the client keeps it waiting: the next frame is asked for once the
@@ -224,16 +237,16 @@ pub(super) async fn serve<S: Service + 'static>(
         full: Cell::new(false),
         idle_since: Cell::new(began),
         new: RefCell::default(),
+        due: Cell::new(None),
         limits,
     });
     let called = Cell::new(0);
     let answer = |request: http::Request<RecvStream>, mut reply: SendResponse<Bytes>| {
         called.set(called.get() + 1);
-        let conn = Rc::new(Conn::new(origin, drain.clone()));
-        conn.request_arrived(!request.body().is_end_stream());
+        let has_body = !request.body().is_end_stream();
+        let conn = Rc::new(Conn::stream(origin, drain.clone(), has_body));
         let (service, client) = (Rc::clone(service), Rc::clone(client));
-        let (open, owner) = (Open::new(&shared), Rc::clone(&shared));
-        let stream = Rc::clone(&conn);
+        let (stream, owner) = (Rc::clone(&conn), Rc::clone(&shared));
         let mut unanswered = Unanswered(Some(Rc::clone(&frames)));
         let task = Box::pin(async move {
             let (parts, body) = request.into_parts();
@@ -241,7 +254,8 @@ pub(super) async fn serve<S: Service + 'static>(
             let (body, tunnel) = if parts.method == Method::CONNECT {
                 (Incoming::empty(), Some(body))
             } else {
-                let expects = super::expects_continue(&parts.headers).then(|| Rc::clone(&conn));
+                let expects = has_body && super::expects_continue(&parts.headers);
+                let expects = expects.then(|| Rc::clone(&conn));
                 (Incoming::h2(body, &parts.headers, expects), None)
             };
             let request = http::Request::from_parts(parts, body);
@@ -257,12 +271,7 @@ pub(super) async fn serve<S: Service + 'static>(
                 drop(body);
                 unanswered.settle();
                 let stream = Stream::Tunnel(Box::new(Tunnel::new(to_client, from_client)));
-                // A tunnel has limits of its own.
-                let open = Open::new(&owner);
-                owner.spawn(async move {
-                    let _open = open;
-                    takeover(stream, Bytes::new()).await;
-                });
+                owner.spawn(None, takeover(stream, Bytes::new()));
                 return;
             }
             let ends = body.is_end_stream();
@@ -276,7 +285,7 @@ pub(super) async fn serve<S: Service + 'static>(
                 pipe(StreamBody { inner: body, conn, unanswered }, to_client).await;
             }
         });
-        shared.spawn(watched(task, stream, open));
+        shared.spawn(Some(stream), task);
     };
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     let io = Rc::new(RefCell::new(io));
@@ -292,6 +301,8 @@ pub(super) async fn serve<S: Service + 'static>(
             .handshake(Lent(Rc::clone(&io))),
     ));
     let mut timer = pin!(sleep_until(began + TICK));
+    // When the connection itself is looked at.
+    let mut second = began + TICK;
     let mut drained = pin!(drain.started());
     // Since when the client has been told to go.
     let mut going = None;
@@ -338,11 +349,22 @@ pub(super) async fn serve<S: Service + 'static>(
                 http.graceful_shutdown();
                 continue;
             }
+            if let Some(due) = shared.due.take().filter(|due| *due < timer.deadline()) {
+                timer.as_mut().reset(due);
+            }
             if timer.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }
             let now = Instant::now();
-            timer.as_mut().reset(now + TICK);
+            let due = tasks.iter().map(|task| task.look(now)).min();
+            let is_early = now < second;
+            if !is_early {
+                second = now + TICK;
+            }
+            timer.as_mut().reset(due.map_or(second, |due| due.min(second)));
+            if is_early {
+                continue;
+            }
             frames.tick(link.sent());
             tell_unseen();
             if link.is_stalled(now, &limits) {

@@ -75,8 +75,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Streams<T> {
     }
 }
 
-/// Waits for an answer, and sends the interim ones before it. `None`: the client took its request
-/// back.
+/// Waits for an answer, and sends the interim ones before it, which wake whoever polls this. `None`:
+/// the client took its request back.
 ///
 /// The future is where its caller has it: moved into this one, it would take its thousands of bytes
 /// twice.
@@ -87,7 +87,6 @@ pub(super) async fn answered<F: Future>(
 ) -> Option<F::Output> {
     let mut sent = 0;
     poll_fn(|cx| {
-        conn.wake_for_interim(cx.waker());
         let polled = answer.as_mut().poll(cx);
         while conn.has_interim() {
             let interim = interim(&conn.take_interim());
@@ -121,18 +120,16 @@ fn interim(head: &[u8]) -> Option<Response<()>> {
 }
 
 /// RFC 9113 section 8.2.2: nothing of the connection is said here.
+fn is_of_the_connection(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection" | "keep-alive" | "proxy-connection" | "te" | "transfer-encoding" | "upgrade"
+    )
+}
+
+/// Removes what is of the connection: nothing, nearly always.
 fn strip(head: &mut HeaderMap) {
-    const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
-    const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
-    let of_the_connection = [
-        header::CONNECTION,
-        KEEP_ALIVE,
-        PROXY_CONNECTION,
-        header::TE,
-        header::TRANSFER_ENCODING,
-        header::UPGRADE,
-    ];
-    for name in of_the_connection {
+    while let Some(name) = head.keys().find(|name| is_of_the_connection(name)).cloned() {
         head.remove(name);
     }
 }
