@@ -142,9 +142,7 @@ pub enum Form {
 
 /// Which form an answer's head announces. `json`: whether the JSON form is understood here.
 pub fn form(head: &HeaderMap, json: bool) -> Form {
-    let is_json = head
-        .get(header::CONTENT_TYPE)
-        .is_some_and(|kind| is_media_type(kind.to_str().unwrap_or_default()));
+    let is_json = head.get(header::CONTENT_TYPE).is_some_and(|kind| is_media_type(kind.as_bytes()));
     if is_json && json {
         Form::Json
     } else if head.contains_key(&FLY_REPLAY) || is_json {
@@ -155,9 +153,9 @@ pub fn form(head: &HeaderMap, json: bool) -> Form {
     }
 }
 
-fn is_media_type(content_type: &str) -> bool {
-    let kind = content_type.split(';').next().unwrap_or_default();
-    kind.trim().eq_ignore_ascii_case(MEDIA_TYPE)
+fn is_media_type(content_type: &[u8]) -> bool {
+    let kind = content_type.split(|byte| *byte == b';').next().unwrap_or_default();
+    kind.trim_ascii().eq_ignore_ascii_case(MEDIA_TYPE.as_bytes())
 }
 
 /// Reads the header form.
@@ -649,7 +647,8 @@ mod tests {
             .map(|lines| lines.iter().map(text).collect())
             .unwrap_or_default();
         let lines = || lines.iter().map(String::as_bytes);
-        let is_json = input["content_type"].as_str().is_some_and(is_media_type);
+        let is_json =
+            input["content_type"].as_str().is_some_and(|kind| is_media_type(kind.as_bytes()));
         let is_head = input["method"] == "HEAD";
         if is_json && !(is_head && lines().next().is_some()) {
             if is_head {

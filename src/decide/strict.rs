@@ -112,16 +112,27 @@ pub fn is_underscored(name: &HeaderName) -> bool {
     memchr::memchr(b'_', name.as_str().as_bytes()).is_some()
 }
 
-/// Which fields of a request want a look: seldom any, so that one pass over the names will do.
+/// Which fields of a request want a look. Most have few of them, so that one pass over the names
+/// saves looking for each.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is there or not, whatever the others are")]
 pub struct Peculiar {
     /// `Transfer-Encoding`: see [`coding`].
     pub coded: bool,
+    /// `Content-Length`: see [`has_one_length`].
+    pub sized: bool,
     /// `Expect`: see [`expectation`].
     pub expects: bool,
+    /// `Upgrade`
+    pub upgrades: bool,
+    /// `Via`
+    pub passed: bool,
+    /// `Cookie`
+    pub cookies: bool,
     /// See [`is_underscored`].
     pub underscored: bool,
+    /// A quotation mark in a name: see `server::are_tokens`.
+    pub quoted: bool,
     /// Named `Litegate-…`: a client's wish, or its token.
     pub addressed: bool,
 }
@@ -131,10 +142,22 @@ impl Peculiar {
     pub fn of(head: &HeaderMap) -> Self {
         let mut seen = Self::default();
         for name in head.keys() {
-            seen.coded |= *name == header::TRANSFER_ENCODING;
-            seen.expects |= *name == header::EXPECT;
-            seen.underscored |= is_underscored(name);
-            seen.addressed |= name.as_str().starts_with("litegate-");
+            match name.as_str() {
+                "transfer-encoding" => seen.coded = true,
+                "content-length" => seen.sized = true,
+                "expect" => seen.expects = true,
+                "upgrade" => seen.upgrades = true,
+                "via" => seen.passed = true,
+                "cookie" => seen.cookies = true,
+                other => {
+                    // A name is short: a search that looks at many bytes at once begins too late.
+                    for byte in other.bytes() {
+                        seen.underscored |= byte == b'_';
+                        seen.quoted |= byte == b'"';
+                    }
+                    seen.addressed |= other.starts_with("litegate-");
+                }
+            }
         }
         seen
     }
@@ -228,8 +251,12 @@ mod tests {
     fn what_wants_a_look_is_seen() {
         let of = |name| Peculiar::of(&head(&[("host", "a"), (name, "b")]));
         assert_eq!(of("x-a"), Peculiar::default());
-        assert!(of("transfer-encoding").coded && of("expect").expects && of("x_a").underscored);
-        assert!(of("litegate-token").addressed);
+        assert!(of("transfer-encoding").coded && of("content-length").sized);
+        assert!(of("expect").expects && of("upgrade").upgrades && of("via").passed);
+        assert!(of("cookie").cookies && of("x_a").underscored && of("litegate-token").addressed);
+        let quoted = HeaderName::from_lowercase(b"x\"a").unwrap();
+        let quoted = [(quoted, HeaderValue::from_static("b"))].into_iter().collect();
+        assert!(Peculiar::of(&quoted).quoted);
     }
 
     #[test]

@@ -86,6 +86,12 @@ impl Peer {
         self
     }
 
+    /// The host, if it is the one that was asked for last: then nothing is wrong with it.
+    pub fn asked_for(&self, host: &[u8]) -> Option<HeaderValue> {
+        let last = self.last.borrow();
+        last.as_ref().map(|(known, _)| known).filter(|known| known.as_bytes() == host).cloned()
+    }
+
     /// This hop's element of `Forwarded`.
     fn element(&self, host: Option<&HeaderValue>) -> HeaderValue {
         let mut last = self.last.borrow_mut();

@@ -322,6 +322,7 @@ impl Proxy {
             method: parts.method,
             uri: parts.uri,
             version: parts.version,
+            peculiar: Peculiar::of(&parts.headers),
             headers: parts.headers,
             upload: None,
             tries: SmallVec::new(),
@@ -330,7 +331,6 @@ impl Proxy {
             request: None,
             held: Duration::ZERO,
             host: None,
-            speaks: false,
             upgrade: false,
             protocol: parts.extensions.remove(),
             preferred: None,
@@ -436,7 +436,7 @@ impl Proxy {
             route.causal.map(|scope| decide::route::scope(scope, route.index, walk.uri.path()));
         walk.session = session::of(
             &walk.headers,
-            walk.speaks,
+            walk.peculiar,
             trusted,
             cluster,
             cookie,
@@ -515,7 +515,7 @@ impl Proxy {
                     Some(session) if session.unread => {
                         walk.session = session::of(
                             &walk.headers,
-                            walk.speaks,
+                            walk.peculiar,
                             trusted,
                             cluster,
                             cookie,
@@ -752,21 +752,20 @@ impl Proxy {
         if walk.method == Method::CONNECT {
             return Err(Problem::MethodRefused);
         }
-        let peculiar = Peculiar::of(&walk.headers);
-        walk.speaks = peculiar.addressed;
-        if peculiar.coded {
+        if walk.peculiar.coded {
             strict::coding(&walk.headers)?;
         }
-        if peculiar.expects {
+        if walk.peculiar.expects {
             // RFC 9110 section 10.1.1: HTTP/1.0 did not know it yet, and it is about a body.
             if walk.version != Version::HTTP_10 {
                 strict::expectation(&walk.headers)?;
             }
             if walk.version == Version::HTTP_10 || !has_body {
                 walk.headers.remove(header::EXPECT);
+                walk.peculiar.expects = false;
             }
         }
-        if peculiar.underscored {
+        if walk.peculiar.underscored {
             self.inspect_names(walk)?;
         }
         // RFC 9112 section 3.2.4.
@@ -779,20 +778,23 @@ impl Proxy {
         if hosts.next().is_some() || (host.is_none() && walk.version == Version::HTTP_11) {
             return Err(Problem::Malformed);
         }
-        if host.is_some_and(|host| !strict::is_host(host.as_bytes())) {
-            return Err(Problem::Malformed);
+        // Of one that was asked for before nothing is wrong.
+        let checked = |host: &[u8]| {
+            let known = walk.client.peer.asked_for(host);
+            known.or_else(|| HeaderValue::from_bytes(host).ok().filter(|_| strict::is_host(host)))
+        };
+        if let Some(host) = host {
+            walk.host = Some(checked(host.as_bytes()).ok_or(Problem::Malformed)?);
         }
-        walk.host = host.cloned();
         if let Some(authority) = walk.uri.authority() {
             // RFC 9112 section 3.2.3: without a scheme it is for CONNECT alone.
-            if !matches!(walk.uri.scheme_str(), Some("http" | "https"))
-                // RFC 9110 section 4.2.4: one with a user in it is meant to deceive.
-                || !strict::is_host(authority.as_str().as_bytes())
-            {
+            if !matches!(walk.uri.scheme_str(), Some("http" | "https")) {
                 return Err(Problem::Malformed);
             }
+            // RFC 9110 section 4.2.4: one with a user in it is meant to deceive.
+            let authority = checked(authority.as_str().as_bytes()).ok_or(Problem::Malformed)?;
             // Absolute form: its authority outranks `Host`, and the node gets the origin form.
-            walk.host = HeaderValue::from_str(authority.as_str()).ok();
+            walk.host = Some(authority);
             let asterisk = walk.method == Method::OPTIONS
                 && walk.uri.path_and_query().is_none_or(|target| target.as_str() == "/");
             let target = match walk.uri.path_and_query() {
@@ -807,14 +809,18 @@ impl Proxy {
                 return Err(Problem::Malformed);
             }
         }
-        let via = self.via.as_bytes();
-        let passed = walk.headers.get_all(header::VIA).iter().any(|line| {
-            line.as_bytes().split(|byte| *byte == b',').any(|hop| hop.trim_ascii() == via)
-        });
-        if passed {
-            return Err(Problem::Loop);
+        if walk.peculiar.passed {
+            let via = self.via.as_bytes();
+            let passed = walk.headers.get_all(header::VIA).iter().any(|line| {
+                line.as_bytes().split(|byte| *byte == b',').any(|hop| hop.trim_ascii() == via)
+            });
+            if passed {
+                return Err(Problem::Loop);
+            }
         }
-        walk.upgrade |= walk.version == Version::HTTP_11 && headers::wants_upgrade(&walk.headers);
+        walk.upgrade |= walk.version == Version::HTTP_11
+            && walk.peculiar.upgrades
+            && headers::wants_upgrade(&walk.headers);
         Ok(())
     }
 
@@ -848,7 +854,7 @@ impl Proxy {
             self.shard.reached(limit, 1);
             return Err(Problem::HeadTooLarge);
         }
-        if !server::are_tokens(&walk.headers) {
+        if walk.peculiar.quoted {
             return Err(Problem::Malformed);
         }
         // RFC 9113 section 8.3.1: all but CONNECT have a path. h2 asks it of http and https alone.
@@ -856,7 +862,7 @@ impl Proxy {
             return Err(Problem::Malformed);
         }
         // h2 holds the body to the first of them, and a node of HTTP/1.1 to any.
-        if !strict::has_one_length(&walk.headers) {
+        if walk.peculiar.sized && !strict::has_one_length(&walk.headers) {
             return Err(Problem::Malformed);
         }
         let authority = walk.uri.authority().map(Authority::as_str);
@@ -869,7 +875,9 @@ impl Proxy {
             }
             _ => {}
         }
-        headers::join_cookies(&mut walk.headers);
+        if walk.peculiar.cookies {
+            headers::join_cookies(&mut walk.headers);
+        }
         if let Some(protocol) = walk.protocol.take() {
             // RFC 8441: a WebSocket over one stream. Nodes know it as an upgrade.
             if walk.method != Method::CONNECT || protocol.as_str() != "websocket" {
@@ -916,7 +924,7 @@ impl Proxy {
         let wait = place.wait(&mut topology, deadline, not_before, ready, expired);
         match &walk.upload {
             // What the client has yet to send after `100 Continue`, the node has to ask for.
-            Some(upload) if !server::expects_continue(&walk.headers) => tokio::select! {
+            Some(upload) if !walk.peculiar.expects => tokio::select! {
                 result = wait => result?,
                 never = std::future::poll_fn(|cx| upload.poll_ahead(cx)) => match never {},
             },
@@ -1079,9 +1087,6 @@ impl Proxy {
             None
         };
         let timeouts = &cluster.config.timeouts;
-        // RFC 9110 section 10.1.1: HTTP/1.0 does not know it.
-        let expects_continue =
-            walk.version != Version::HTTP_10 && server::expects_continue(&walk.headers);
         let is_lost = |now: Instant| match (request.class, role) {
             (Class::Write, Role::Primary) => !cluster.is_primary(node.id),
             (Class::Write, _) => false,
@@ -1099,7 +1104,7 @@ impl Proxy {
             },
             websocket,
             speaks_for: walk.client.introduction(cluster.config.send_proxy),
-            expects_continue,
+            expects_continue: walk.peculiar.expects,
             interim: walk.version != Version::HTTP_10,
             began,
             connect: walk.reach_by.map_or(timeouts.connect, |by| {
@@ -1308,8 +1313,8 @@ struct Walk<'p> {
     /// As the client sent them.
     headers: http::HeaderMap,
     host: Option<HeaderValue>,
-    /// Some field is addressed to litegate.
-    speaks: bool,
+    /// What there is among them.
+    peculiar: Peculiar,
     upgrade: bool,
     /// What an extended CONNECT wants to become.
     protocol: Option<Protocol>,
@@ -1337,7 +1342,8 @@ impl Walk<'_> {
     /// Whether the client came by https: by its own connection, or where a trusted proxy's word is
     /// there, by that.
     fn is_secure(&self) -> bool {
-        let told = self.headers.get("x-forwarded-proto").filter(|_| self.client.peer.trusted);
+        let trusted = self.client.peer.trusted;
+        let told = trusted.then(|| self.headers.get("x-forwarded-proto")).flatten();
         told.map_or(self.client.origin.secure, |proto| proto == "https")
     }
 

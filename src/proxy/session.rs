@@ -19,6 +19,7 @@ use crate::{
     config::cluster::{Mode, OnRequest},
     decide::{
         self, Class, Consistency, Demands, Problem, Wanted, classify,
+        strict::Peculiar,
         token::{self, Need, Standing, Token, Void},
     },
     topology::position::{Position, Positions, Reach},
@@ -59,13 +60,14 @@ pub(super) fn unix_millis() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Reads what `headers` carry for this cluster; `speaks`: some are named `Litegate-…`. What a read has to find is noted in `request`.
+/// Reads what `headers`, among which is what is `peculiar`, carry for this cluster. What a read has to
+/// find is noted in `request`.
 ///
 /// # Errors
 /// [`Problem::BadDemand`].
 pub(super) async fn of(
     headers: &HeaderMap,
-    speaks: bool,
+    peculiar: Peculiar,
     trusted: bool,
     cluster: &Cluster,
     cookie: &str,
@@ -74,8 +76,8 @@ pub(super) async fn of(
 ) -> Result<Option<Box<Session>>, Problem> {
     let rules = &cluster.config.consistency;
     let is_heeded = match rules.on_request {
-        OnRequest::Any => speaks,
-        OnRequest::Trusted => speaks && trusted,
+        OnRequest::Any => peculiar.addressed,
+        OnRequest::Trusted => peculiar.addressed && trusted,
         OnRequest::Off => false,
     };
     let mut asked = Consistency::Session;
@@ -86,7 +88,9 @@ pub(super) async fn of(
     }
     let mut session = Session::default();
     if rules.mode != Mode::Off && asked != Consistency::Any {
-        let carried = token::carried(headers, cookie, speaks);
+        let carries = peculiar.cookies || peculiar.addressed;
+        let carried = carries.then(|| token::carried(headers, cookie, peculiar.addressed));
+        let carried = carried.unwrap_or_default();
         if carried.token.is_some() && rules.mode == Mode::Token && !cluster.has_key() {
             session.unread = true;
         } else if let Some(text) = carried.token {
