@@ -76,6 +76,16 @@ pub(super) enum Speaks {
     H2,
 }
 
+impl Speaks {
+    /// What is to be configured for it, in its cluster.
+    const fn speaks(self) -> &'static str {
+        match self {
+            Self::Http1 => "",
+            Self::H2 => "upstream = { protocol = \"h2\" }",
+        }
+    }
+}
+
 /// Litegate between a client's connection and a node. Everything ends when `sides` has, and
 /// litegate with the client.
 pub(super) fn between<T>(
@@ -98,32 +108,14 @@ pub(super) fn between<T>(
             let client = Stream::connect(FRONT).await.expect("it is accepted");
             sides(client, arriving).await
         };
-        tokio::join!(litegate(node, connecting), sides).1
+        let config = config::load::parse("fuzz", &format!("{CONFIG}{}", node.speaks()), []);
+        let config = Arc::new(config.expect("it is right"));
+        tokio::join!(litegate(&config, connecting), sides).1
     });
     drop(local);
     drop(runtime);
     drop(entered);
     seen
-}
-
-async fn litegate(node: Speaks, mut connecting: mpsc::Receiver<Socket>) {
-    let speaks = if node == Speaks::H2 { "upstream = { protocol = \"h2\" }" } else { "" };
-    let config = config::load::parse("fuzz", &format!("{CONFIG}{speaks}"), []);
-    let config = Arc::new(config.expect("it is right"));
-    let metrics = Metrics::new();
-    let cluster = &config.clusters[0];
-    let discovery =
-        discovery::start(cluster, None, None, None, metrics.discovery(&cluster.name), |_| {});
-    let gate = Rc::new(wear(&config, &metrics, &discovery));
-    let socket = connecting.recv().await.expect("the client connects");
-    let (_trigger, drain) = server::drain::signal();
-    let origin = Origin { listener: 0, peer: PEER, local: FRONT, secure: false };
-    let (limits, handshakes) = (Rc::new(Cell::new(proxy::limits(&config))), Semaphore::new(1));
-    let stream = Stream::Simulated(socket);
-    let mut task = JoinSet::new();
-    task.spawn_local(server::run(stream, origin, gate, limits, Arc::new(handshakes), drain));
-    let over = timeout(PATIENCE, task.join_next()).await;
-    over.expect("every connection ends").expect("there is one").expect("nothing panics");
 }
 
 /// A client sends these pieces, one after the other, and reads until litegate ends the connection.
@@ -188,6 +180,24 @@ pub(super) async fn client_and_node(
     seen
 }
 
+/// All of litegate that one connection needs, until that is over.
+async fn litegate(config: &Arc<Config>, mut connecting: mpsc::Receiver<Socket>) {
+    let metrics = Metrics::new();
+    let cluster = &config.clusters[0];
+    let discovery =
+        discovery::start(cluster, None, None, None, metrics.discovery(&cluster.name), |_| {});
+    let gate = Rc::new(wear(config, &metrics, &discovery));
+    let socket = connecting.recv().await.expect("the client connects");
+    let (_trigger, drain) = server::drain::signal();
+    let origin = Origin { listener: 0, peer: PEER, local: FRONT, secure: false };
+    let (limits, handshakes) = (Rc::new(Cell::new(proxy::limits(config))), Semaphore::new(1));
+    let stream = Stream::Simulated(socket);
+    let mut task = JoinSet::new();
+    task.spawn_local(server::run(stream, origin, gate, limits, Arc::new(handshakes), drain));
+    let over = timeout(PATIENCE, task.join_next()).await;
+    over.expect("every connection ends").expect("there is one").expect("nothing panics");
+}
+
 /// One connection of the node's.
 async fn serve(
     socket: Socket,
@@ -242,4 +252,134 @@ fn wear(config: &Arc<Config>, metrics: &Metrics, discovery: &discovery::Discover
         instance: "litegate-fuzz".into(),
         config: Arc::clone(config),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the network holds in one direction.
+    const PIPE: usize = 64 << 10;
+    /// What is written at once, and so read at once.
+    const PIECE: usize = 10_000;
+    /// Frames that wait together.
+    const SMALL: usize = 8 << 10;
+
+    /// How much more the `sender` of a body could write than the `receiver` took of it: litegate and
+    /// the network hold that.
+    fn held(
+        sender: impl AsyncFn(Stream, &Cell<usize>),
+        receiver: impl AsyncFn(Stream) -> usize,
+        is_upload: bool,
+    ) -> usize {
+        let network = Network::default();
+        let entered = network.enter();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        let held = LocalSet::new().block_on(&runtime, async {
+            // What is kept for a replay has a bound of its own.
+            let config = format!("{CONFIG}replay = {{ buffer = \"1KiB\" }}\n");
+            let config = Arc::new(config::load::parse("held", &config, []).unwrap());
+            let mut arriving = network.listen([SocketAddr::from(([10, 0, 0, 1], 3000))]);
+            let connecting = network.listen([FRONT]);
+            let written = Cell::new(0);
+            let client = Stream::connect(FRONT);
+            let run = async {
+                let client = client.await.unwrap();
+                if is_upload {
+                    let receive = async {
+                        let node = arriving.recv().await.unwrap();
+                        receiver(Stream::Simulated(node)).await
+                    };
+                    tokio::join!(sender(client, &written), receive).1
+                } else {
+                    let send = async {
+                        let node = arriving.recv().await.unwrap();
+                        sender(Stream::Simulated(node), &written).await;
+                    };
+                    tokio::join!(receiver(client), send).0
+                }
+            };
+            let taken = tokio::select! {
+                taken = run => taken,
+                () = litegate(&config, connecting) => panic!("the connection ended"),
+            };
+            written.get() - taken
+        });
+        drop(entered);
+        held
+    }
+
+    /// Writes for as long as anybody takes it.
+    async fn flood(stream: &mut Stream, written: &Cell<usize>) {
+        let piece = [b'x'; PIECE];
+        while let Ok(n) = timeout(Duration::from_millis(500), stream.write(&piece)).await {
+            written.set(written.get() + n.expect("it goes on"));
+        }
+    }
+
+    async fn head(stream: &mut Stream) {
+        let mut got = Vec::new();
+        while !got.ends_with(b"\r\n\r\n") {
+            got.push(stream.read_u8().await.expect("a head comes"));
+        }
+    }
+
+    async fn node(mut stream: Stream, written: &Cell<usize>) {
+        head(&mut stream).await;
+        let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n";
+        stream.write_all(answer).await.unwrap();
+        flood(&mut stream, written).await;
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_holds_one_read_of_the_node() {
+        let client = async |mut stream: Stream| {
+            stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+            head(&mut stream).await;
+            let mut some = vec![0; 300_000];
+            stream.read_exact(&mut some).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            some.len()
+        };
+        let held = held(node, client, false) - 2 * PIPE;
+        assert!((1..=PIECE + SMALL).contains(&held), "{held} bytes");
+    }
+
+    #[test]
+    fn an_http2_client_without_a_window_holds_one_read_of_the_node() {
+        let client = async |mut stream: Stream| {
+            let open = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+            let request = b"\0\0\x06\x01\x05\0\0\0\x01\x82\x86\x84\x41\x01a";
+            stream.write_all(&[&open[..], request].concat()).await.unwrap();
+            let mut got = Vec::new();
+            let all = async { while !matches!(stream.read_buf(&mut got).await, Ok(0) | Err(_)) {} };
+            let _ = timeout(Duration::from_secs(1), all).await;
+            got.len()
+        };
+        // Nothing waits in the network to the client: it has read all that its window let come.
+        let held = held(node, client, false) - PIPE;
+        assert!((1..=PIECE + SMALL).contains(&held), "{held} bytes");
+    }
+
+    #[test]
+    fn a_node_that_does_not_read_holds_one_read_of_the_client() {
+        let client = async |mut stream: Stream, written: &Cell<usize>| {
+            let begin = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n";
+            stream.write_all(begin).await.unwrap();
+            flood(&mut stream, written).await;
+        };
+        let node = async |mut stream: Stream| {
+            head(&mut stream).await;
+            let mut some = vec![0; 300_000];
+            stream.read_exact(&mut some).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            some.len()
+        };
+        let held = held(client, node, true) - 2 * PIPE;
+        assert!((1..=PIECE + SMALL).contains(&held), "{held} bytes");
+    }
 }

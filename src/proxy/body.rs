@@ -516,11 +516,17 @@ impl Body for RequestBody {
         let Some(reader) = &self.0 else { return Poll::Ready(None) };
         // The node takes no more, but may be answering: leave the rest with the client.
         let closed = reader.expects_continue && !reader.wire.continued();
-        if closed || reader.wire.is_broken() {
+        if closed || reader.wire.is_broken() || reader.wire.poll_room(cx).is_pending() {
             reader.shared.rests();
             return Poll::Pending;
         }
-        reader.shared.poll_frame(cx)
+        let polled = reader.shared.poll_frame(cx);
+        if let Poll::Ready(Some(Ok(frame))) = &polled
+            && let Some(data) = frame.data_ref()
+        {
+            reader.wire.queue(data.len());
+        }
+        polled
     }
 
     fn is_end_stream(&self) -> bool {

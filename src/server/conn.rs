@@ -36,6 +36,7 @@ use super::{
     greet::{Met, Protocol, meet},
     guard, h2,
     io::ClientIo,
+    paced::Paced,
 };
 use crate::net::Stream;
 
@@ -84,6 +85,8 @@ pub struct Conn {
     unsaid: Cell<Option<u16>>,
     /// Since when the client takes nothing.
     blocked: Cell<Option<Instant>>,
+    /// Bytes of a response that hyper has and that may not be with the socket yet.
+    unsent: Cell<usize>,
     received: Cell<u64>,
     sent: Cell<u64>,
     interim: RefCell<Vec<Bytes>>,
@@ -135,6 +138,7 @@ impl Conn {
             owed: Cell::new(false),
             unsaid: Cell::new(None),
             blocked: Cell::new(None),
+            unsent: Cell::new(0),
             received: Cell::new(0),
             sent: Cell::new(0),
             interim: RefCell::default(),
@@ -294,11 +298,28 @@ impl Conn {
 
     pub(super) fn flushed(&self) {
         self.dirty.set(false);
+        self.blocked.set(None);
+        self.unsent.set(0);
         let phase = self.phase.get();
         if phase != Phase::Busy && self.owed.replace(false) && phase == Phase::Head {
             // Nobody listened before: the next head's time begins now.
             self.since.set(Instant::now());
         }
+    }
+
+    /// So many more bytes of a response are with hyper.
+    pub(super) fn queue(&self, n: usize) {
+        self.unsent.set(self.unsent.get() + n);
+    }
+
+    /// Bytes of a response that wait for the socket.
+    pub(super) fn unsent(&self) -> usize {
+        self.unsent.get()
+    }
+
+    /// Whether the socket takes nothing at present, and whoever writes will be woken when it does.
+    pub(super) fn is_blocked(&self) -> bool {
+        self.blocked.get().is_some()
     }
 
     /// Whether what hyper writes answers a request that the service knows.
@@ -595,7 +616,11 @@ async fn active<S: Service + 'static>(
             conn.is_last.set(true);
             service.reached(Reached::Requests);
         }
-        async move { Ok::<_, std::convert::Infallible>(service.call(&client, &conn, request).await) }
+        async move {
+            // Boxed: thousands of bytes that are not needed any more while the answer is sent.
+            let response = Box::pin(service.call(&client, &conn, request)).await;
+            Ok::<_, std::convert::Infallible>(response.map(|body| Paced::new(body, conn)))
+        }
     });
     let mut builder = http1::Builder::new();
     builder

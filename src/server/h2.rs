@@ -260,8 +260,9 @@ pub(super) async fn serve<S: Service + 'static>(
             };
             let request = http::Request::from_parts(parts, body);
             let response = {
-                let answer = pin!(service.call(&client, &conn, request));
-                answered(&mut reply, &conn, answer).await
+                // Boxed: thousands of bytes that are not needed any more while the answer is sent.
+                let mut answer = Box::pin(service.call(&client, &conn, request));
+                answered(&mut reply, &conn, answer.as_mut()).await
             };
             let Some(response) = response else { return };
             let (head, body) = response.into_parts();

@@ -264,9 +264,12 @@ impl AsyncWrite for ClientIo {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_interim(cx))?;
         // TLS may hold back what the socket did not take.
-        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
-        self.conn.flushed();
-        Poll::Ready(Ok(()))
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx)?;
+        match flushed {
+            Poll::Ready(()) => self.conn.flushed(),
+            Poll::Pending => self.conn.write_blocked(),
+        }
+        flushed.map(Ok)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -20,6 +20,7 @@ mod guard;
 mod h2;
 mod io;
 pub mod listener;
+mod paced;
 mod streams;
 pub mod tls;
 

@@ -173,16 +173,27 @@ where
             if stream.poll_reset(cx)?.is_ready() {
                 return Poll::Ready(Ok::<_, h2::Error>(()));
             }
-            if let Some((data, is_last)) = waiting.take() {
-                while stream.capacity() == 0 {
-                    match stream.poll_capacity(cx)? {
-                        Poll::Ready(Some(_)) => {}
-                        Poll::Ready(None) => return Poll::Ready(Ok(())),
-                        Poll::Pending => {
-                            waiting = Some((data, is_last));
-                            return Poll::Pending;
-                        }
+            if let Some((mut data, is_last)) = waiting.take() {
+                let room = loop {
+                    match stream.capacity() {
+                        0 => match stream.poll_capacity(cx)? {
+                            Poll::Ready(Some(_)) => {}
+                            Poll::Ready(None) => return Poll::Ready(Ok(())),
+                            Poll::Pending => {
+                                waiting = Some((data, is_last));
+                                return Poll::Pending;
+                            }
+                        },
+                        room => break room,
                     }
+                };
+                if room < data.len() {
+                    // No more than there is room for: with the rest in h2's hands the next frame
+                    // would be read from the node.
+                    stream.send_data(data.split_to(room), false)?;
+                    stream.reserve_capacity(data.len());
+                    waiting = Some((data, is_last));
+                    continue;
                 }
                 stream.send_data(data, is_last)?;
                 if is_last {
@@ -201,8 +212,7 @@ where
                                 return Poll::Ready(Ok(()));
                             }
                         } else {
-                            // h2 asks for the rest when it gets the data.
-                            stream.reserve_capacity(1);
+                            stream.reserve_capacity(data.len());
                             waiting = Some((data, is_last));
                         }
                     }

@@ -25,7 +25,7 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use rustls::AlertDescription;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
     sync::Notify,
     time::Instant,
 };
@@ -85,6 +85,11 @@ pub struct Wire {
     written: Cell<bool>,
     /// The node takes no more: what is left of the request goes nowhere.
     broken: Cell<bool>,
+    /// The socket takes nothing at present.
+    blocked: Cell<bool>,
+    /// Bytes of a request body that HTTP/1.1's machinery has and the socket may not have yet. Of
+    /// HTTP/2 nothing is counted: windows do that.
+    unsent: Option<Cell<usize>>,
     /// Any byte of the current answer came.
     answered: Cell<bool>,
     /// Any byte of any answer came.
@@ -151,6 +156,27 @@ impl Wire {
         self.broken.get()
     }
 
+    /// Ready when a further frame of the request can go out. Until then whoever sends it is woken
+    /// when the socket takes more: what a node does not read has to wait with the client.
+    pub fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.blocked.get() {
+            return Poll::Pending;
+        }
+        if self.unsent.as_ref().is_some_and(|unsent| unsent.get() >= AHEAD) {
+            // It is written now, and nobody might ask again.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        Poll::Ready(())
+    }
+
+    /// A frame of so many bytes goes out.
+    pub fn queue(&self, n: usize) {
+        if let Some(unsent) = &self.unsent {
+            unsent.set(unsent.get() + n);
+        }
+    }
+
     /// Whether the node said `100 Continue` to the current request.
     pub fn continued(&self) -> bool {
         self.heads.continued()
@@ -166,15 +192,27 @@ impl Wire {
         self.heads.next_interim()
     }
 
+    fn flushed(&self) {
+        self.blocked.set(false);
+        if let Some(unsent) = &self.unsent {
+            unsent.set(0);
+        }
+    }
+
     fn begin(&self) {
         self.written.set(false);
         self.answered.set(false);
+        self.flushed();
         self.heads.begin();
     }
 }
 
-/// The most that is read from a node at once, and the largest response head.
-const READ_BUFFER: usize = 256 << 10;
+/// The most that is read from a node at once, and the largest response head: so much waits for a
+/// client that does not read. A body of 64 KiB and its head come in one read. Larger reads save
+/// nothing that can be measured; half as much makes bulk cost half as much again.
+const READ: usize = 68 << 10;
+/// While so much of a request waits for the node's socket, there is no further frame of it.
+const AHEAD: usize = 8 << 10;
 
 impl<B> Connection<B>
 where
@@ -186,10 +224,10 @@ where
     /// # Errors
     /// None that is known: nothing is sent yet.
     pub async fn over(stream: Stream, speaks_for: Option<Introduction>) -> io::Result<Self> {
-        let wire = Rc::new(Wire::default());
+        let wire = Rc::new(Wire { unsent: Some(Cell::new(0)), ..Wire::default() });
         let io = NodeIo { stream, wire: Rc::clone(&wire) };
         let (sender, driver) = http1::Builder::new()
-            .max_buf_size(READ_BUFFER)
+            .max_buf_size(READ)
             .handshake(TokioIo::new(io))
             .await
             .map_err(io::Error::other)?;
@@ -440,6 +478,7 @@ impl NodeIo {
             Poll::Ready(Ok(n)) => {
                 if n > 0 {
                     self.wire.written.set(true);
+                    self.wire.blocked.set(false);
                 }
                 Poll::Ready(Ok(n))
             }
@@ -451,7 +490,10 @@ impl NodeIo {
                 self.wire.broken.set(true);
                 Poll::Ready(Ok(len))
             }
-            Poll::Pending => Poll::Pending,
+            Poll::Pending => {
+                self.wire.blocked.set(true);
+                Poll::Pending
+            }
         }
     }
 }
@@ -463,7 +505,7 @@ impl AsyncRead for NodeIo {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        let result = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let result = Pin::new(&mut (&mut self.stream).take(READ as u64)).poll_read(cx, buf);
         let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
         if !new.is_empty() {
             self.wire.answered.set(true);
@@ -521,6 +563,10 @@ impl AsyncWrite for NodeIo {
             return Poll::Ready(Ok(()));
         }
         let result = Pin::new(&mut self.stream).poll_flush(cx);
+        // hyper flushes when its own buffer is empty.
+        if matches!(result, Poll::Ready(Ok(()))) {
+            self.wire.flushed();
+        }
         self.wrote(0, result.map_ok(|()| 0)).map_ok(|_| ())
     }
 
