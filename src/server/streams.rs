@@ -87,6 +87,11 @@ pub(super) async fn answered<F: Future>(
 ) -> Option<F::Output> {
     let mut sent = 0;
     poll_fn(|cx| {
+        // First: a request that its client took back in the same breath, or broke the rules of, never
+        // gets as far as a node (CVE-2023-44487, CVE-2025-8671).
+        if reply.poll_reset(cx).is_ready() {
+            return Poll::Ready(None);
+        }
         let polled = answer.as_mut().poll(cx);
         while conn.has_interim() {
             let interim = interim(&conn.take_interim());
@@ -96,10 +101,7 @@ pub(super) async fn answered<F: Future>(
                 let _ = reply.send_informational(interim);
             }
         }
-        if let Poll::Ready(answer) = polled {
-            return Poll::Ready(Some(answer));
-        }
-        reply.poll_reset(cx).map(|_| None)
+        polled.map(Some)
     })
     .await
 }
