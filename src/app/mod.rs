@@ -153,8 +153,8 @@ pub fn start(config: Config) -> io::Result<Running> {
     let mut tls = Vec::new();
     for listener in &config.listeners {
         tls.push(open_tls(listener.tls.as_ref().map(|tls| files(listener, tls)))?);
-        let bound = bind(listener.address, workers)?;
-        listeners.push(address_of(&bound)?);
+        let bound = bind(listener, workers)?;
+        listeners.push(address_of(&bound.tcp)?);
         sockets.push(bound);
     }
     let admin_socket = match config.admin.address {
@@ -249,8 +249,40 @@ fn open_tls(files: Option<Files>) -> Result<Option<Arc<Tls>>, FileError> {
     files.map(|files| Tls::load(files).map(Arc::new)).transpose()
 }
 
-fn bind(address: SocketAddr, workers: usize) -> io::Result<Vec<std::net::TcpListener>> {
-    listener::bind(address, workers).map_err(|error| named(error, "listener", address))
+/// A listener's sockets, one of each kind for each worker.
+#[derive(Default)]
+struct Sockets {
+    tcp: Vec<std::net::TcpListener>,
+    /// Where HTTP/3 is spoken.
+    udp: Vec<std::net::UdpSocket>,
+}
+
+fn bind(listener: &Listener, workers: usize) -> io::Result<Sockets> {
+    // Any port that is free on TCP may be taken on UDP.
+    let tries = if listener.address.port() == 0 { 8 } else { 1 };
+    let mut last = None;
+    for _ in 0..tries {
+        let tcp = listener::bind(listener.address, workers)
+            .map_err(|error| named(error, "listener", listener.address))?;
+        let address = address_of(&tcp)?;
+        match bind_udp(listener, address, workers) {
+            Ok(udp) => return Ok(Sockets { tcp, udp }),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.unwrap_or_else(|| io::Error::other("no socket")))
+}
+
+/// The UDP sockets of a listener that is at this address.
+fn bind_udp(
+    listener: &Listener,
+    address: SocketAddr,
+    workers: usize,
+) -> io::Result<Vec<std::net::UdpSocket>> {
+    if listener.http3.is_none() {
+        return Ok(Vec::new());
+    }
+    listener::bind_udp(address, workers).map_err(|error| named(error, "listener on UDP", address))
 }
 
 /// Binds the admin listener: to an address that nobody else has, except for ours (`beside`), which
@@ -335,6 +367,8 @@ struct Opened {
     tls: Option<Arc<Tls>>,
     /// Where it really is. `None`: it was closed.
     bound: Option<SocketAddr>,
+    /// It is open on UDP too.
+    udp: bool,
 }
 
 /// The admin listener, until dropped.
@@ -354,7 +388,7 @@ struct Prepared {
     /// For each configured listener, its number.
     numbers: Vec<usize>,
     /// The sockets of those that are not open yet.
-    sockets: Vec<(usize, SocketAddr, Vec<std::net::TcpListener>)>,
+    sockets: Vec<(usize, SocketAddr, Sockets)>,
     /// For each configured listener, its TLS.
     tls: Vec<Option<Arc<Tls>>>,
     /// For each configured cluster, TLS to its nodes.
@@ -375,7 +409,7 @@ struct Worker {
 impl Control {
     async fn start(
         config: Config,
-        sockets: Vec<Vec<std::net::TcpListener>>,
+        sockets: Vec<Sockets>,
         tls: Vec<Option<Arc<Tls>>>,
         nodes: Vec<Option<Arc<net::tls::Tls>>>,
         admin_socket: Option<std::net::TcpListener>,
@@ -396,7 +430,8 @@ impl Control {
         let admin = Arc::new(admin);
         let opened =
             config.listeners.iter().zip(&sockets).zip(tls).map(|((listener, sockets), tls)| {
-                Ok(Opened { config: listener.clone(), tls, bound: Some(address_of(sockets)?) })
+                let (bound, udp) = (Some(address_of(&sockets.tcp)?), !sockets.udp.is_empty());
+                Ok(Opened { config: listener.clone(), tls, bound, udp })
             });
         let mut control = Self {
             listeners: opened.collect::<io::Result<_>>()?,
@@ -439,9 +474,13 @@ impl Control {
     }
 
     /// A worker that has ended hears nothing, and need not.
-    async fn listen(&self, number: usize, sockets: Vec<std::net::TcpListener>) {
-        for (worker, socket) in self.workers.iter().zip(sockets) {
+    async fn listen(&self, number: usize, sockets: Sockets) {
+        for (worker, socket) in self.workers.iter().zip(sockets.tcp) {
             let _ = worker.commands.send(Command::Listen(number, socket)).await;
+        }
+        #[cfg(feature = "http3")]
+        for (worker, socket) in self.workers.iter().zip(sockets.udp) {
+            let _ = worker.commands.send(Command::ListenQuic(number, socket)).await;
         }
     }
 
@@ -622,14 +661,17 @@ impl Control {
                 fresh += 1;
                 self.listeners.len() + fresh - 1
             });
-            let open = self.listeners.get(number).is_some_and(|opened| opened.bound.is_some());
-            if !open {
-                let bound = bind(listener.address, self.workers.len());
-                let address = bound
-                    .as_deref()
-                    .map_err(ToString::to_string)
-                    .and_then(|sockets| address_of(sockets).map_err(|error| error.to_string()))?;
-                sockets.push((number, address, bound.map_err(|error| error.to_string())?));
+            let open = self.listeners.get(number);
+            let open = open.and_then(|opened| Some((opened.bound?, opened.udp)));
+            let wanted = match open {
+                None => bind(listener, self.workers.len())
+                    .and_then(|sockets| Ok(Some((address_of(&sockets.tcp)?, sockets)))),
+                Some((address, false)) => bind_udp(listener, address, self.workers.len())
+                    .map(|udp| Some((address, Sockets { tcp: Vec::new(), udp }))),
+                Some((_, true)) => Ok(None),
+            };
+            if let Some((address, wanted)) = wanted.map_err(|error| error.to_string())? {
+                sockets.push((number, address, wanted));
             }
             numbers.push(number);
             // The same files stay as they are: whether they have changed is looked at all the time.
@@ -702,7 +744,7 @@ impl Control {
             let config = listener.clone();
             match self.listeners.get_mut(*number) {
                 Some(opened) => (opened.config, opened.tls) = (config, tls),
-                None => self.listeners.push(Opened { config, tls, bound: None }),
+                None => self.listeners.push(Opened { config, tls, bound: None, udp: false }),
             }
         }
         self.clients = Arc::new(Clients::new(&config.limits.client, Some(&self.clients)));
@@ -715,13 +757,25 @@ impl Control {
         }
         // The new ones first: who moves a listener wants to be reached at any time.
         for (number, address, sockets) in sockets {
+            if sockets.tcp.is_empty() && sockets.udp.is_empty() {
+                continue;
+            }
             if let Some(opened) = self.listeners.get_mut(number) {
                 opened.bound = Some(address);
+                opened.udp |= !sockets.udp.is_empty();
             }
             self.listen(number, sockets).await;
             tracing::info!(%address, "listening");
         }
         for (number, opened) in self.listeners.iter_mut().enumerate() {
+            let goes = !numbers.contains(&number) || opened.config.http3.is_none();
+            #[cfg(feature = "http3")]
+            if goes && opened.udp {
+                for worker in &self.workers {
+                    let _ = worker.commands.send(Command::CloseQuic(number)).await;
+                }
+            }
+            opened.udp &= !goes;
             if !numbers.contains(&number)
                 && let Some(address) = opened.bound.take()
             {

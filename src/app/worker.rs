@@ -37,6 +37,12 @@ pub(super) enum Command {
     /// Listen here as well. Connections that come in there bear this number for as long as they
     /// live.
     Listen(usize, std::net::TcpListener),
+    /// Let clients come there by QUIC as well.
+    #[cfg(feature = "http3")]
+    ListenQuic(usize, std::net::UdpSocket),
+    /// No longer.
+    #[cfg(feature = "http3")]
+    CloseQuic(usize),
     /// Close that listener; its connections finish what they have.
     Close(usize),
     /// Tell which writes of that cluster are under way.
@@ -101,6 +107,8 @@ pub(super) fn work(outfit: Outfit, limits: Limits, mut commands: mpsc::Receiver<
         let accepting = Accepting::new(limits, &places(&outfit.config, &outfit.listeners));
         let gate = Rc::new(Gate { proxy: RefCell::new(Rc::new(outfit.wear())) });
         let mut doors: HashMap<usize, drain::Trigger> = HashMap::new();
+        #[cfg(feature = "http3")]
+        let mut quic: HashMap<usize, drain::Trigger> = HashMap::new();
         let mut accepts = tokio::task::JoinSet::new();
         let mut tidy = interval(TIDY);
         tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -131,6 +139,20 @@ pub(super) fn work(outfit: Outfit, limits: Limits, mut commands: mpsc::Receiver<
                     }
                     Err(error) => tracing::error!(%error, "a socket can't be used"),
                 },
+                #[cfg(feature = "http3")]
+                Some(Command::ListenQuic(door, socket)) => {
+                    let (gate, accepting) = (Rc::clone(&gate), accepting.clone());
+                    let (trigger, drain) = drain::signal();
+                    quic.insert(door, trigger);
+                    while accepts.try_join_next().is_some() {}
+                    accepts.spawn_local(server::h3::serve(socket, door, gate, accepting, drain));
+                }
+                #[cfg(feature = "http3")]
+                Some(Command::CloseQuic(door)) => {
+                    if let Some(trigger) = quic.remove(&door) {
+                        trigger.start();
+                    }
+                }
                 Some(Command::Close(door)) => {
                     if let Some(trigger) = doors.remove(&door) {
                         trigger.start();
@@ -139,6 +161,8 @@ pub(super) fn work(outfit: Outfit, limits: Limits, mut commands: mpsc::Receiver<
                 Some(Command::Tell(cluster, to)) => gate.tell(&cluster, &to, &former),
                 Some(Command::Drain) => {
                     doors.values().for_each(drain::Trigger::start);
+                    #[cfg(feature = "http3")]
+                    quic.values().for_each(drain::Trigger::start);
                     let finished = async {
                         while accepts.join_next().await.is_some() {}
                         accepting.finished().await;

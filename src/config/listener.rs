@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 
 use ipnet::IpNet;
@@ -23,6 +24,8 @@ pub struct Listener {
     pub protocols: Protocols,
     /// `tls`. `None`: clear text.
     pub tls: Option<Tls>,
+    /// `http3`. `None`: nobody listens on UDP.
+    pub http3: Option<Http3>,
     /// `proxy_protocol`
     pub proxy_protocol: ProxyProtocol,
     /// `proxy_protocol_from`: peers that may send the PROXY protocol's header. Empty: all.
@@ -36,6 +39,16 @@ pub struct Protocols {
     pub http1: bool,
     /// `h2`: agreed on in the TLS handshake, or by prior knowledge in clear text.
     pub h2: bool,
+}
+
+/// `http3`: HTTP/3 at the same address, on UDP.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Http3 {
+    /// `alt_svc`: for how long clients that come by TCP are told to remember it. `None`: they are
+    /// not told.
+    pub alt_svc: Option<Duration>,
+    /// `port`: where they are sent to. `None`: where we listen.
+    pub port: Option<u16>,
 }
 
 /// `tls`

@@ -22,7 +22,7 @@ use super::{
     },
     diagnostic::{Diagnostic, Diagnostics, Place},
     limits::{AmbiguousPaths, Limits, PerClient, Rate, Underscores},
-    listener::{Acme, Certificate, ClientAuth, Listener, Protocols, ProxyProtocol, Tls},
+    listener::{Acme, Certificate, ClientAuth, Http3, Listener, Protocols, ProxyProtocol, Tls},
     reader::{self, Entry, Faults, Kind, Section, Value},
     route::{Class, HeaderMatch, Host, Path as RoutePath, Route, Scope},
     server::{Drain, Server},
@@ -259,6 +259,25 @@ fn listener(mut section: Section) -> Option<Listener> {
     let proxy_protocol = section.word("proxy_protocol", &introduced, ProxyProtocol::Off);
     let proxy_protocol_from = section.texts("proxy_protocol_from", NETWORKS, network);
     let tls = section.take("tls").map(|value| tls(section.table("listener.tls", "tls", value)));
+    let http3 = section.take("http3").and_then(|value| match value.kind {
+        Kind::Boolean(false) => None,
+        Kind::Boolean(true) => {
+            let table = Value { kind: Kind::Table(Vec::new()), place: value.place };
+            Some(http3(section.table("listener.http3", "http3", table)))
+        }
+        _ => Some(http3(section.table("listener.http3", "http3", value))),
+    });
+    if http3.is_some() && tls.is_none() {
+        section.missing("tls", "QUIC has no clear text: HTTP/3 needs `tls`");
+    }
+    if http3.is_some() && proxy_protocol != ProxyProtocol::Off {
+        let message = "`http3` and `proxy_protocol` don't go together".to_owned();
+        let help =
+            "the PROXY protocol introduces TCP connections alone: give HTTP/3 a listener of \
+                    its own, or leave one of them out"
+                .to_owned();
+        section.fault(&section.place, message, "has both".into(), Some(help));
+    }
     let trusted_proxies = section.texts("trusted_proxies", NETWORKS, network);
     let connections = section.count("connections", 0, 0);
     Some(Listener {
@@ -267,9 +286,24 @@ fn listener(mut section: Section) -> Option<Listener> {
         trusted_proxies,
         protocols,
         tls,
+        http3,
         proxy_protocol,
         proxy_protocol_from,
     })
+}
+
+fn http3(mut section: Section) -> Http3 {
+    if !cfg!(feature = "http3") {
+        let message = "this litegate was built without HTTP/3".to_owned();
+        let help = "build it with `cargo build --release --features http3`, or leave `http3` out";
+        section.fault(&section.place, message, "needs it".into(), Some(help.to_owned()));
+    }
+    let alt_svc = section.duration("alt_svc", Duration::from_hours(24));
+    let port = section.integer("port", 1..=i64::from(u16::MAX));
+    Http3 {
+        alt_svc: Some(alt_svc).filter(|age| !age.is_zero()),
+        port: port.and_then(|port| u16::try_from(port).ok()),
+    }
 }
 
 fn tls(mut section: Section) -> Tls {

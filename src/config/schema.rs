@@ -102,6 +102,10 @@ pub fn schema() -> Value {
                     "cache": text, "terms_agreed": boolean,
                 })),
             })),
+            "http3": { "anyOf": [boolean, table(json!({
+                "alt_svc": duration,
+                "port": { "type": "integer", "minimum": 1, "maximum": 65535 },
+            }))] },
             "proxy_protocol": words(&["off", "accept", "require"]),
             "proxy_protocol_from": texts,
             "trusted_proxies": texts,

@@ -40,11 +40,21 @@ pub enum Stream {
     Tunnel(Box<Tunnel>),
     /// The same, where hyper has the connection.
     Upgraded(Box<TokioIo<Upgraded>>),
+    /// A stream of an HTTP/3 connection that became a tunnel.
+    #[cfg(feature = "http3")]
+    Boxed(Box<dyn Duplex>),
     /// Through a network in memory and in virtual time.
     #[cfg(any(test, fuzzing))]
     #[allow(private_interfaces, reason = "tests alone have it")]
     Simulated(simulated::Socket),
 }
+
+/// Bytes both ways.
+#[cfg(feature = "http3")]
+pub trait Duplex: AsyncRead + AsyncWrite + std::fmt::Debug + Unpin + Send {}
+
+#[cfg(feature = "http3")]
+impl<T: AsyncRead + AsyncWrite + std::fmt::Debug + Unpin + Send> Duplex for T {}
 
 impl From<TcpStream> for Stream {
     fn from(socket: TcpStream) -> Self {
@@ -71,6 +81,8 @@ impl Stream {
             Self::Plain(socket) => Some(socket),
             Self::Tls(session) => Some(session.get_ref().0),
             Self::Tunnel(_) | Self::Upgraded(_) => None,
+            #[cfg(feature = "http3")]
+            Self::Boxed(_) => None,
             #[cfg(any(test, fuzzing))]
             Self::Simulated(_) => None,
         }
@@ -138,6 +150,8 @@ impl AsyncRead for Stream {
             Self::Tls(session) => Pin::new(session).poll_read(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_read(cx, buf),
             Self::Upgraded(stream) => Pin::new(stream).poll_read(cx, buf),
+            #[cfg(feature = "http3")]
+            Self::Boxed(stream) => Pin::new(stream).poll_read(cx, buf),
             #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_read(cx, buf),
         }
@@ -155,6 +169,8 @@ impl AsyncWrite for Stream {
             Self::Tls(session) => Pin::new(session).poll_write(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_write(cx, buf),
             Self::Upgraded(stream) => Pin::new(stream).poll_write(cx, buf),
+            #[cfg(feature = "http3")]
+            Self::Boxed(stream) => Pin::new(stream).poll_write(cx, buf),
             #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_write(cx, buf),
         }
@@ -170,6 +186,8 @@ impl AsyncWrite for Stream {
             Self::Tls(session) => Pin::new(session).poll_write_vectored(cx, bufs),
             Self::Tunnel(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Self::Upgraded(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            #[cfg(feature = "http3")]
+            Self::Boxed(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
         }
@@ -185,6 +203,8 @@ impl AsyncWrite for Stream {
             Self::Tls(session) => Pin::new(session).poll_flush(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_flush(cx),
             Self::Upgraded(stream) => Pin::new(stream).poll_flush(cx),
+            #[cfg(feature = "http3")]
+            Self::Boxed(stream) => Pin::new(stream).poll_flush(cx),
             #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_flush(cx),
         }
@@ -196,6 +216,8 @@ impl AsyncWrite for Stream {
             Self::Tls(session) => Pin::new(session).poll_shutdown(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Upgraded(stream) => Pin::new(stream).poll_shutdown(cx),
+            #[cfg(feature = "http3")]
+            Self::Boxed(stream) => Pin::new(stream).poll_shutdown(cx),
             #[cfg(any(test, fuzzing))]
             Self::Simulated(socket) => Pin::new(socket).poll_shutdown(cx),
         }

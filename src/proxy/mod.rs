@@ -115,6 +115,8 @@ pub struct Proxy {
 pub struct Client {
     peer: Peer,
     origin: Origin,
+    /// That the same is to be had by HTTP/3, if this client may be told.
+    alternative: Option<HeaderValue>,
     shard: Arc<Shard>,
     _place: Place,
 }
@@ -288,7 +290,11 @@ impl Proxy {
         if origin.secure {
             peer = peer.below_tls(certificate);
         }
-        Client { peer, origin, shard: Arc::clone(&self.shard), _place: place }
+        let http3 = self.listener(origin.listener).and_then(|listener| listener.http3);
+        // What a proxy is told, it would tell whoever comes by it, of its own name.
+        let http3 = http3.filter(|_| origin.secure && !trusted);
+        let alternative = http3.and_then(|http3| relay::alternative(&http3, origin.local.port()));
+        Client { peer, origin, alternative, shard: Arc::clone(&self.shard), _place: place }
     }
 
     /// A TLS handshake ended.
@@ -341,6 +347,9 @@ impl Proxy {
             fields: acknowledge::Fields::new(),
         };
         let answer = self.answer(&mut walk, body).await;
+        // Not on its way out, nor to whoever came by it.
+        let told = walk.version != Version::HTTP_3 && !conn.must_close();
+        let alternative = client.alternative.as_ref().filter(|_| told);
         // The account tells when it ends. Until here, a client that leaves takes this along.
         began.answered();
         let received = walk.upload.as_ref().map_or(0, Upload::received);
@@ -363,6 +372,11 @@ impl Proxy {
                 if response.body().is_end_stream() {
                     // Nobody will ask for a frame of it.
                     connected.finish(arrived);
+                }
+                let mut response = response;
+                if let Some(alternative) = alternative {
+                    // A node that has another does not know that there is litegate before it.
+                    response.headers_mut().insert(header::ALT_SVC, alternative.clone());
                 }
                 facts.status = response.status();
                 let account = Account::new(Rc::clone(conn), Arc::clone(&self.shard), log, facts);
@@ -394,6 +408,9 @@ impl Proxy {
                 let (mut response, body) = own.render();
                 for (name, value) in walk.fields {
                     response.headers_mut().append(name, value);
+                }
+                if let Some(alternative) = alternative {
+                    response.headers_mut().insert(header::ALT_SVC, alternative.clone());
                 }
                 response.map(|()| ResponseBody::own(body, account))
             }
@@ -746,7 +763,7 @@ impl Proxy {
             self.shard.reached(Limit::UriBytes, 1);
             return Err(Problem::UriTooLong);
         }
-        if walk.version == Version::HTTP_2 {
+        if matches!(walk.version, Version::HTTP_2 | Version::HTTP_3) {
             self.inspect_h2(walk)?;
         }
         if walk.method == Method::CONNECT {
@@ -839,7 +856,7 @@ impl Proxy {
         Ok(())
     }
 
-    /// What HTTP/2 says otherwise than HTTP/1.1, in the words of the latter.
+    /// What HTTP/2 and HTTP/3 say otherwise than HTTP/1.1, in the words of the latter.
     fn inspect_h2(&self, walk: &mut Walk<'_>) -> Result<(), Problem> {
         let limits = &self.config.limits;
         // RFC 9113 section 6.5.2 bounds their size, and nobody their number.
@@ -1226,7 +1243,7 @@ impl Proxy {
             let websocket =
                 protocol.is_some_and(|p| p.as_bytes().eq_ignore_ascii_case(b"websocket"));
             connected = self.tunnel(walk, cluster, connected, websocket);
-            if walk.version == Version::HTTP_2 {
+            if matches!(walk.version, Version::HTTP_2 | Version::HTTP_3) {
                 // RFC 8441 section 5: as a CONNECT is answered.
                 parts.status = StatusCode::OK;
                 headers::switched_h2(&mut parts.headers);

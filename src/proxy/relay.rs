@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use super::{account::Account, attempt::Connected, turn::Turn};
 use crate::{
+    config::listener::Http3,
     decide::{Problem, outcome::WriteOutcome, strict},
     server::Abort,
 };
@@ -206,6 +207,13 @@ pub struct Own<'a> {
     pub instance: &'a str,
     /// Whether the connection ends with this answer.
     pub close: bool,
+}
+
+/// What a client is told of HTTP/3 (RFC 7838). `None`: nothing. `here`: the port that it came to.
+pub fn alternative(http3: &Http3, here: u16) -> Option<HeaderValue> {
+    let port = http3.port.unwrap_or(here);
+    let age = http3.alt_svc?.as_secs();
+    HeaderValue::try_from(format!("h3=\":{port}\"; ma={age}")).ok()
 }
 
 /// Whether the client would rather read HTML: it accepts it by name.

@@ -152,7 +152,7 @@ impl Places {
 }
 
 /// Of a connection: its listener's and the worker's.
-type Place = [OwnedSemaphorePermit; 2];
+pub(super) type Place = [OwnedSemaphorePermit; 2];
 
 /// Whether the error belongs to the connection that was being accepted (accept(2): it was gone
 /// before we got to it), so that the next one may fare better.
@@ -218,6 +218,33 @@ impl Accepting {
             service.reached(Reached::Connections);
         }
         self.places.enter(here).await
+    }
+
+    /// A place for whoever comes by QUIC, which has no backlog to wait in. Tells that there is none,
+    /// if so.
+    #[cfg(feature = "http3")]
+    pub(super) fn try_place<S: Service>(&self, listener: usize, service: &S) -> Option<Place> {
+        let here = self.listener(listener);
+        let place = self.places.try_enter(&here);
+        if place.is_none() {
+            let is_here = here.free.available_permits() == 0;
+            service.reached(if is_here {
+                Reached::ListenerConnections
+            } else {
+                Reached::Connections
+            });
+        }
+        place
+    }
+
+    #[cfg(feature = "http3")]
+    pub(super) fn limits(&self) -> Limits {
+        self.limits.get()
+    }
+
+    #[cfg(feature = "http3")]
+    pub(super) fn handshakes(&self) -> Arc<Semaphore> {
+        Arc::clone(&self.handshakes.free)
     }
 
     /// Waits until every connection has ended.

@@ -12,6 +12,8 @@ use http::{HeaderMap, header};
 use http_body::{Body, Frame, SizeHint};
 
 use super::conn::Conn;
+#[cfg(feature = "http3")]
+use super::h3::{Broken, RequestStream};
 
 /// `100 Continue`, in the form in which interim answers are kept.
 const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
@@ -32,6 +34,13 @@ enum Source {
         /// Whom to tell that the body is wanted now: the client waits for it.
         expects: Option<Rc<Conn>>,
     },
+    #[cfg(feature = "http3")]
+    H3 {
+        stream: Box<RequestStream>,
+        /// As above; nobody else holds the body to it.
+        rest: Option<u64>,
+        expects: Option<Rc<Conn>>,
+    },
 }
 
 /// Why a request body broke off.
@@ -43,6 +52,10 @@ pub enum BodyError {
     /// On HTTP/2.
     #[error(transparent)]
     H2(#[from] h2::Error),
+    /// On HTTP/3.
+    #[cfg(feature = "http3")]
+    #[error(transparent)]
+    H3(#[from] Broken),
 }
 
 impl From<hyper::body::Incoming> for Incoming {
@@ -63,6 +76,44 @@ impl Incoming {
         let ended = stream.is_end_stream();
         let rest = if ended { Some(0) } else { length(head) };
         Self(Source::H2 { stream, rest, data_ended: false, expects: expects.filter(|_| !ended) })
+    }
+}
+
+#[cfg(feature = "http3")]
+impl Incoming {
+    /// One that comes by HTTP/3, as [`Incoming::h2`].
+    pub(super) fn h3(stream: RequestStream, head: &HeaderMap, expects: Option<Rc<Conn>>) -> Self {
+        let ended = stream.has_ended();
+        let rest = length(head).or(ended.then_some(0));
+        let expects = expects.filter(|_| !ended);
+        Self(Source::H3 { stream: Box::new(stream), rest, expects })
+    }
+
+    /// RFC 9114 section 4.1.2: the frames of a body hold as much as its head said.
+    fn poll_h3(
+        stream: &mut RequestStream,
+        rest: &mut Option<u64>,
+        expects: &mut Option<Rc<Conn>>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let polled = stream.poll_body(cx);
+        if let Some(conn) = expects.take()
+            && polled.is_pending()
+        {
+            conn.send_interim(Bytes::from_static(CONTINUE));
+        }
+        let next = ready!(polled).transpose()?;
+        if let Some(missing) = rest {
+            let came = next.as_ref().and_then(Frame::data_ref).map(|data| data.len() as u64);
+            let left = missing.checked_sub(came.unwrap_or_default());
+            match left {
+                Some(left) if came.is_some() || left == 0 => *missing = left,
+                _ => {
+                    return Poll::Ready(Some(Err(stream.malformed("not as long as it said"))));
+                }
+            }
+        }
+        Poll::Ready(next.map(Ok))
     }
 }
 
@@ -88,6 +139,10 @@ impl Body for Incoming {
                 return Pin::new(body).poll_frame(cx).map_err(BodyError::from);
             }
             Source::H2 { stream, rest, data_ended, expects } => (stream, rest, data_ended, expects),
+            #[cfg(feature = "http3")]
+            Source::H3 { stream, rest, expects } => {
+                return Self::poll_h3(stream, rest, expects, cx).map_err(BodyError::from);
+            }
         };
         if !*data_ended {
             let polled = stream.poll_data(cx);
@@ -124,6 +179,11 @@ impl Body for Incoming {
             Source::Empty => true,
             Source::Http1(body) => body.is_end_stream(),
             Source::H2 { stream, .. } => stream.is_end_stream(),
+            // Short of what was said, it is still to be found out.
+            #[cfg(feature = "http3")]
+            Source::H3 { stream, rest, .. } => {
+                stream.has_ended() && rest.is_none_or(|rest| rest == 0)
+            }
         }
     }
 
@@ -132,6 +192,8 @@ impl Body for Incoming {
             Source::Empty => SizeHint::with_exact(0),
             Source::Http1(body) => body.size_hint(),
             Source::H2 { rest, .. } => rest.map_or_else(SizeHint::default, SizeHint::with_exact),
+            #[cfg(feature = "http3")]
+            Source::H3 { rest, .. } => rest.map_or_else(SizeHint::default, SizeHint::with_exact),
         }
     }
 }

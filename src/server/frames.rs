@@ -110,6 +110,14 @@ impl Frames {
         self.broken.set(self.broken.get() + 1);
     }
 
+    /// So many came by HTTP/3, whose frames are found where they are read: those that ask for
+    /// something, and others.
+    #[cfg(feature = "http3")]
+    pub(super) fn add(&self, useful: u64, useless: u64) {
+        self.useful.set(self.useful.get() + useful);
+        self.useless.set(self.useless.get() + useless);
+    }
+
     /// Why h2 ended the connection by a limit of its own, which it does not say: by what passed,
     /// when so many requests did not get as far as the service.
     pub(super) fn why_calm(&self, unseen: u64) -> Calm {

@@ -35,16 +35,16 @@ use super::{
 use crate::net::{Stream, Tunnel};
 
 /// How long a client may take to hang up when it has been told to and nothing is under way.
-const GOING: Duration = Duration::from_secs(2);
+pub(super) const GOING: Duration = Duration::from_secs(2);
 /// What a client may send on one stream ahead of what is asked for. The connection's window has
 /// room for all streams at once: with less, bodies of requests that wait their turn would keep out
 /// those of the requests that they wait for.
-const STREAM_WINDOW: u32 = 128 << 10;
+pub(super) const STREAM_WINDOW: u32 = 128 << 10;
 /// The most of one response that waits in memory for a client's window or socket.
 const SEND_BUFFER: usize = 64 << 10;
 
 /// What the streams of one connection share.
-struct Shared {
+pub(super) struct Shared {
     /// Streams under way.
     open: Cell<usize>,
     /// There were as many as may be, in this second.
@@ -58,22 +58,25 @@ struct Shared {
     limits: Limits,
 }
 
-/// What answers a request, or carries a tunnel.
-struct Task {
-    /// Boxed: it is thousands of bytes, which nobody should move.
-    work: Pin<Box<dyn Future<Output = ()>>>,
+/// Boxed: it is thousands of bytes, which nobody should move.
+type Work = Pin<Box<dyn Future<Output = ()>>>;
+
+/// What answers a request, carries a tunnel, or is the connection's own.
+pub(super) struct Task {
+    work: Work,
     /// Whose time is kept. A tunnel has limits of its own.
     conn: Option<Rc<Conn>>,
     /// The client does not take its response.
     stalled: Cell<bool>,
-    open: Open,
+    shared: Rc<Shared>,
+    _open: Option<Open>,
 }
 
 impl Task {
     /// Compares how long things have taken with how long they may: when to look again.
-    fn look(&self, now: Instant) -> Instant {
+    pub(super) fn look(&self, now: Instant) -> Instant {
         let Some(conn) = &self.conn else { return now + TICK };
-        match conn.look_at_stream(now, &self.open.0.limits) {
+        match conn.look_at_stream(now, &self.shared.limits) {
             Look::At(at) => return at,
             Look::Poll => {}
             Look::Stop(_) => self.stalled.set(true),
@@ -96,7 +99,7 @@ impl Future for Task {
         conn.wakes(cx.waker());
         let polled = this.work.as_mut().poll(cx);
         if let Some(at) = conn.take_rearm() {
-            let due = &this.open.0.due;
+            let due = &this.shared.due;
             due.set(Some(due.get().map_or(at, |due| due.min(at))));
         }
         polled
@@ -104,13 +107,54 @@ impl Future for Task {
 }
 
 impl Shared {
-    fn spawn(self: &Rc<Self>, conn: Option<Rc<Conn>>, work: Pin<Box<dyn Future<Output = ()>>>) {
-        let (stalled, open) = (Cell::new(false), Open::new(self));
-        self.new.borrow_mut().push(Task { work, conn, stalled, open });
+    pub(super) fn new(limits: Limits) -> Self {
+        Self {
+            open: Cell::new(0),
+            full: Cell::new(false),
+            idle_since: Cell::new(Instant::now()),
+            new: RefCell::default(),
+            due: Cell::new(None),
+            limits,
+        }
+    }
+
+    /// What answers a request, or carries a tunnel, of which there is no time to be kept.
+    pub(super) fn spawn(self: &Rc<Self>, conn: Option<Rc<Conn>>, work: Work) {
+        self.push(conn, work, Some(Open::new(self)));
+    }
+
+    /// What is the connection's own.
+    #[cfg(feature = "http3")]
+    pub(super) fn spawn_aside(self: &Rc<Self>, work: impl Future<Output = ()> + 'static) {
+        self.push(None, Box::pin(work), None);
+    }
+
+    fn push(self: &Rc<Self>, conn: Option<Rc<Conn>>, work: Work, open: Option<Open>) {
+        let (stalled, shared) = (Cell::new(false), Rc::clone(self));
+        self.new.borrow_mut().push(Task { work, conn, stalled, shared, _open: open });
+    }
+
+    /// Whether the connection has something to take up.
+    pub(super) fn has_new(&self) -> bool {
+        !self.new.borrow().is_empty()
+    }
+
+    /// How long there has been no stream. `None`: there is one.
+    pub(super) fn idle(&self, now: Instant) -> Option<Duration> {
+        (self.open.get() == 0).then(|| now - self.idle_since.get())
+    }
+
+    /// When a stream is to be looked at, if that is before this.
+    pub(super) fn due(&self, before: Instant) -> Option<Instant> {
+        self.due.take().filter(|due| *due < before)
+    }
+
+    pub(super) fn take_new(&self) -> Vec<Task> {
+        self.new.take()
     }
 
     /// Goes on with those that can, new ones among them.
-    fn run(&self, tasks: &mut FuturesUnordered<Task>, cx: &mut Context<'_>) {
+    pub(super) fn run(&self, tasks: &mut FuturesUnordered<Task>, cx: &mut Context<'_>) {
         loop {
             tasks.extend(self.new.borrow_mut().drain(..));
             if !matches!(Pin::new(&mut *tasks).poll_next(cx), Poll::Ready(Some(()))) {
@@ -144,7 +188,7 @@ impl Drop for Open {
 
 /// A response body that notes when the client keeps it waiting: the next frame is asked for once the
 /// one before is on its way.
-struct StreamBody<B> {
+pub(super) struct StreamBody<B> {
     inner: B,
     conn: Rc<Conn>,
     unanswered: Unanswered,
@@ -152,11 +196,15 @@ struct StreamBody<B> {
 
 /// A request whose answer is not whole. Dropped while that is so, it was given up: its client took
 /// it back, or broke the rules of its stream.
-struct Unanswered(Option<Rc<Frames>>);
+pub(super) struct Unanswered(Option<Rc<Frames>>);
 
 impl Unanswered {
+    pub(super) fn new(frames: &Rc<Frames>) -> Self {
+        Self(Some(Rc::clone(frames)))
+    }
+
     /// There is no more to come, or it is not the client's fault.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         self.0 = None;
     }
 }
@@ -166,6 +214,12 @@ impl Drop for Unanswered {
         if let Some(frames) = &self.0 {
             frames.gave_up();
         }
+    }
+}
+
+impl<B> StreamBody<B> {
+    pub(super) fn new(inner: B, conn: Rc<Conn>, unanswered: Unanswered) -> Self {
+        Self { inner, conn, unanswered }
     }
 }
 
@@ -232,14 +286,7 @@ pub(super) async fn serve<S: Service + 'static>(
     let link = Rc::new(Conn::link(origin, drain.clone()));
     let frames = Rc::new(Frames::new(limits.resets, limits.frames));
     let io = ClientIo::new(stream, ahead, Rc::clone(&link)).counting(Rc::clone(&frames));
-    let shared = Rc::new(Shared {
-        open: Cell::new(0),
-        full: Cell::new(false),
-        idle_since: Cell::new(began),
-        new: RefCell::default(),
-        due: Cell::new(None),
-        limits,
-    });
+    let shared = Rc::new(Shared::new(limits));
     let called = Cell::new(0);
     let answer = |request: http::Request<RecvStream>, mut reply: SendResponse<Bytes>| {
         called.set(called.get() + 1);
@@ -247,7 +294,7 @@ pub(super) async fn serve<S: Service + 'static>(
         let conn = Rc::new(Conn::stream(origin, drain.clone(), has_body));
         let (service, client) = (Rc::clone(service), Rc::clone(client));
         let (stream, owner) = (Rc::clone(&conn), Rc::clone(&shared));
-        let mut unanswered = Unanswered(Some(Rc::clone(&frames)));
+        let mut unanswered = Unanswered::new(&frames);
         let task = Box::pin(async move {
             let (parts, body) = request.into_parts();
             // What a CONNECT brings after its head is the tunnel's.
@@ -283,7 +330,7 @@ pub(super) async fn serve<S: Service + 'static>(
             if let Some(to_client) = send_head(&mut reply, head, length, ends)
                 && !ends
             {
-                pipe(StreamBody { inner: body, conn, unanswered }, to_client).await;
+                pipe(StreamBody::new(body, conn, unanswered), to_client).await;
             }
         });
         shared.spawn(Some(stream), task);
@@ -338,7 +385,7 @@ pub(super) async fn serve<S: Service + 'static>(
             if let Some(flood) = frames.flood(link.sent()) {
                 return Poll::Ready(Stop::Flood(flood));
             }
-            if !shared.new.borrow().is_empty() {
+            if shared.has_new() {
                 continue;
             }
             let is_full = limits.requests > 0 && called.get() >= limits.requests as u64;
@@ -350,7 +397,7 @@ pub(super) async fn serve<S: Service + 'static>(
                 http.graceful_shutdown();
                 continue;
             }
-            if let Some(due) = shared.due.take().filter(|due| *due < timer.deadline()) {
+            if let Some(due) = shared.due(timer.deadline()) {
                 timer.as_mut().reset(due);
             }
             if timer.as_mut().poll(cx).is_pending() {
@@ -371,10 +418,7 @@ pub(super) async fn serve<S: Service + 'static>(
             if link.is_stalled(now, &limits) {
                 return Poll::Ready(Stop::Stalled);
             }
-            if shared.open.get() > 0 {
-                continue;
-            }
-            let idle = now - shared.idle_since.get();
+            let Some(idle) = shared.idle(now) else { continue };
             match going {
                 Some(since) if now - since >= GOING => return Poll::Ready(Stop::Gone),
                 Some(_) => {}
@@ -409,7 +453,7 @@ pub(super) async fn serve<S: Service + 'static>(
     }
     let lingers = !matches!(stop, Stop::Stalled);
     // What still runs is for nobody. Taken out first: a task that is dropped may look in here.
-    let new = shared.new.take();
+    let new = shared.take_new();
     drop((tasks, new, http));
     // Our last words must not be overtaken by a reset for what nobody reads any more.
     if let Some(io) = Rc::into_inner(io).filter(|_| lingers) {
@@ -460,7 +504,7 @@ impl AsyncWrite for Lent {
     }
 }
 
-fn connection_window(streams: usize) -> u32 {
+pub(super) fn connection_window(streams: usize) -> u32 {
     const MOST: u32 = (1 << 31) - 1; // RFC 9113 section 6.9.1
     let streams = u32::try_from(streams).unwrap_or(u32::MAX);
     STREAM_WINDOW.saturating_mul(streams).min(MOST)

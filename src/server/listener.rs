@@ -7,6 +7,9 @@ use socket2::{Domain, Protocol, Socket, Type};
 /// The kernel's queue of connections that nobody has accepted yet.
 const BACKLOG: i32 = 4096;
 
+/// What waits in the kernel for a UDP socket's reader, or for the network.
+const UDP_BUFFER: usize = 2 << 20;
+
 /// Binds `count` sockets to one address by `SO_REUSEPORT`: the kernel spreads new connections
 /// over them by a hash of the peer, so no accept lock is shared between cores.
 ///
@@ -22,6 +25,28 @@ pub fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpLi
         sockets.push(one(address)?);
     }
     Ok(sockets)
+}
+
+/// Binds `count` UDP sockets to one address, likewise: a client's packets come to the same one for
+/// as long as its address stays.
+///
+/// # Errors
+/// As for [`bind`].
+pub fn bind_udp(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::UdpSocket>> {
+    let one = || {
+        let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+        socket.set_reuse_port(true)?;
+        if address.is_ipv6() {
+            let _ = socket.set_only_v6(false);
+        }
+        // A burst of one client must not push out what others sent. The kernel gives what it may.
+        let _ = socket.set_recv_buffer_size(UDP_BUFFER);
+        let _ = socket.set_send_buffer_size(UDP_BUFFER);
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        Ok(socket.into())
+    };
+    (0..count).map(|_| one()).collect()
 }
 
 /// Binds one socket to an address that nobody else listens on. `replaces`: one of ours may, which

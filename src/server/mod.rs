@@ -18,6 +18,8 @@ pub(crate) mod frames;
 mod greet;
 mod guard;
 mod h2;
+#[cfg(feature = "http3")]
+pub mod h3;
 mod io;
 pub mod listener;
 mod paced;

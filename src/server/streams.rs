@@ -22,7 +22,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::conn::Conn;
 
 /// Interim answers to one request. More are dropped: no window bounds what waits of them.
-const INTERIM: usize = 8;
+pub(super) const INTERIM: usize = 8;
 /// Fields in an interim answer; one with more is dropped.
 const FIELDS: usize = 64;
 
@@ -107,7 +107,7 @@ pub(super) async fn answered<F: Future>(
 }
 
 /// An interim answer as a node sent it, and as HTTP/2 has it.
-fn interim(head: &[u8]) -> Option<Response<()>> {
+pub(super) fn interim(head: &[u8]) -> Option<Response<()>> {
     let mut fields = [httparse::EMPTY_HEADER; FIELDS];
     let mut parsed = httparse::Response::new(&mut fields);
     parsed.parse(head).ok().filter(httparse::Status::is_complete)?;
@@ -130,7 +130,7 @@ fn is_of_the_connection(name: &HeaderName) -> bool {
 }
 
 /// Removes what is of the connection: nothing, nearly always.
-fn strip(head: &mut HeaderMap) {
+pub(super) fn strip(head: &mut HeaderMap) {
     while let Some(name) = head.keys().find(|name| is_of_the_connection(name)).cloned() {
         head.remove(name);
     }

@@ -102,6 +102,9 @@ pub struct Tls {
     /// Almost always none.
     challenges: ArcSwap<Challenges>,
     current: ArcSwap<ServerConfig>,
+    /// The same for QUIC.
+    #[cfg(feature = "http3")]
+    quic: ArcSwap<super::h3::Crypto>,
     state: Mutex<(Watched, State)>,
 }
 
@@ -126,7 +129,22 @@ impl Tls {
         let (config, state) = files.build(None)?;
         let state = Mutex::new((watched, state));
         let challenges = ArcSwap::default();
-        Ok(Self { files, challenges, current: ArcSwap::new(config), state })
+        #[cfg(feature = "http3")]
+        let quic = ArcSwap::new(Arc::new(files.quic(&config)?));
+        Ok(Self {
+            files,
+            challenges,
+            #[cfg(feature = "http3")]
+            quic,
+            current: ArcSwap::new(config),
+            state,
+        })
+    }
+
+    /// What QUIC is begun with.
+    #[cfg(feature = "http3")]
+    pub(super) fn quic(&self) -> super::h3::Crypto {
+        Arc::clone(&self.quic.load())
     }
 
     /// What it is made of.
@@ -148,7 +166,13 @@ impl Tls {
             return Look::Same;
         }
         let before = (Arc::clone(&self.current.load().ticketer), &*state);
-        match self.files.build(Some(before)) {
+        let built = self.files.build(Some(before));
+        #[cfg(feature = "http3")]
+        let built = built.and_then(|(config, next)| {
+            self.quic.store(Arc::new(self.files.quic(&config)?));
+            Ok((config, next))
+        });
+        match built {
             Ok((config, next)) => {
                 *state = next;
                 self.current.store(config);
@@ -225,7 +249,7 @@ pub struct ClientCertificate {
 }
 
 impl ClientCertificate {
-    fn of(certificate: &CertificateDer<'_>) -> Self {
+    pub(super) fn of(certificate: &CertificateDer<'_>) -> Self {
         let parsed = Certificate::from_der(certificate).ok();
         let subject = parsed.map(|parsed| parsed.tbs_certificate().subject().to_string());
         let subject = subject.filter(|subject| subject.len() <= SUBJECT).unwrap_or_default();
@@ -244,6 +268,12 @@ impl Files {
             .chain(self.clients.iter().map(|(ca, _)| ca))
             .map(|path| Stamp::of(path))
             .collect()
+    }
+
+    #[cfg(feature = "http3")]
+    fn quic(&self, config: &ServerConfig) -> Result<super::h3::Crypto, FileError> {
+        let first = self.certificates.first().map_or(Path::new(""), |(first, _)| first);
+        super::h3::crypto(config).map_err(|error| FileError::new(first, error))
     }
 
     fn build(&self, before: Option<Before<'_>>) -> Result<(Arc<ServerConfig>, State), FileError> {

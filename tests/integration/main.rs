@@ -12,6 +12,8 @@ mod h2;
 mod handoff;
 mod house;
 mod http;
+#[cfg(feature = "http3")]
+mod http3;
 mod leaving;
 mod limits;
 mod metrics;

@@ -1,0 +1,571 @@
+//! One request's stream: what comes of it, frame by frame, and what goes back.
+
+use std::{
+    collections::VecDeque,
+    future::{Future, poll_fn},
+    io,
+    pin::{Pin, pin},
+    sync::{Arc, OnceLock},
+    task::{Context, Poll, ready},
+    time::{Duration, SystemTime},
+};
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use http::{HeaderMap, HeaderValue, Response, header};
+use http_body::Body;
+use quinn::{ReadError, RecvStream, SendStream, WriteError};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::timeout,
+};
+
+use super::{
+    Link,
+    frames::{self, Code, FrameHead},
+    head,
+    qpack::{self, Fault},
+};
+use crate::server::{
+    Conn, are_tokens,
+    streams::{INTERIM, interim, strip},
+};
+
+/// How far behind its head the end of a request without a body may come.
+const END_BEHIND: Duration = Duration::from_millis(20);
+/// The most that is taken from a stream at once.
+const CHUNK: usize = 64 << 10;
+/// The most of a tunnel's bytes in one frame.
+const FRAME: usize = 16 << 10;
+
+/// Why no more comes of a request.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum Broken {
+    /// The client took it back.
+    #[error("the request was taken back")]
+    Reset,
+    /// There is no connection any more, or not for long.
+    #[error("the connection ended")]
+    Lost,
+    /// A field section over the limits.
+    #[error("more fields than are taken")]
+    TooLarge,
+    /// RFC 9114 section 4.1.2.
+    #[error("malformed: {0}")]
+    Malformed(&'static str),
+}
+
+/// What the next frames of a request may be.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Stage {
+    /// Its head.
+    Head,
+    /// Its body, or trailers.
+    Body,
+    /// Nothing that has a meaning.
+    Over,
+    /// RFC 9114 section 4.4: bytes.
+    Tunnel,
+}
+
+/// What a frame's payload is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Kind {
+    Data,
+    Section,
+    /// Of no meaning here.
+    Skipped,
+}
+
+/// The next thing of a request.
+#[derive(Debug)]
+pub(super) enum Event {
+    Data(Bytes),
+    /// A field section.
+    Section(Bytes),
+    End,
+}
+
+/// What the two directions of a stream tell each other.
+#[derive(Debug, Default)]
+pub(super) struct Sides {
+    /// How the answer is to be broken off: the request is malformed.
+    reset: OnceLock<Code>,
+}
+
+/// The request's direction. Dropped before its end, the client is told to send no more.
+pub(crate) struct Receive {
+    stream: RecvStream,
+    link: Arc<Link>,
+    sides: Arc<Sides>,
+    stage: Stage,
+    /// Taken from the stream, and not looked at yet.
+    chunk: Bytes,
+    head: FrameHead,
+    /// The frame that is being read, and how much of its payload is to come.
+    frame: Option<(Kind, u64)>,
+    section: BytesMut,
+    /// Until the end is there.
+    trailers: Option<HeaderMap>,
+    ended: bool,
+}
+
+impl std::fmt::Debug for Receive {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Receive").field("stage", &self.stage).finish_non_exhaustive()
+    }
+}
+
+impl Receive {
+    pub(super) fn new(stream: RecvStream, link: Arc<Link>, sides: Arc<Sides>) -> Self {
+        Self {
+            stream,
+            link,
+            sides,
+            stage: Stage::Head,
+            chunk: Bytes::new(),
+            head: FrameHead::default(),
+            frame: None,
+            section: BytesMut::new(),
+            trailers: None,
+            ended: false,
+        }
+    }
+
+    /// The head's section.
+    pub(super) async fn head(&mut self) -> Result<Bytes, Broken> {
+        match poll_fn(|cx| self.poll_event(cx)).await? {
+            Event::Section(section) => {
+                self.stage = Stage::Body;
+                Ok(section)
+            }
+            // Before a head there is no other.
+            Event::Data(_) | Event::End => Err(Broken::Malformed("no head")),
+        }
+    }
+
+    /// Looks whether anything follows, which nothing says beforehand. Mostly the end came with the
+    /// head; where a body is unlikely, it is worth a moment: a node would have to be told of one.
+    pub(super) async fn look_ahead(&mut self, body_is_likely: bool) {
+        let look = poll_fn(|cx| match self.poll_chunk(cx) {
+            Poll::Pending if body_is_likely => Poll::Ready(()),
+            polled => polled.map(|_| ()),
+        });
+        let _ = timeout(END_BEHIND, look).await;
+    }
+
+    /// Nobody reads it, and the client is told that nobody will.
+    pub(super) fn reject(mut self) {
+        let _ = self.sides.reset.set(Code::Rejected);
+        let _ = self.stream.stop(Code::Rejected.into());
+        self.ended = true;
+    }
+
+    /// From now on it carries bytes.
+    pub(super) fn tunnel(&mut self) {
+        self.stage = Stage::Tunnel;
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        let is_read = self.chunk.is_empty() && self.frame.is_none() && !self.head.has_begun();
+        self.ended && is_read && self.trailers.is_none()
+    }
+
+    /// Has something of the stream in `chunk`. `false`: it has ended.
+    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Broken>> {
+        if self.chunk.is_empty() && !self.ended {
+            // Made anew each time: what is to be woken is noted with the stream.
+            let read = pin!(self.stream.read_chunk(CHUNK, true));
+            match ready!(read.poll(cx)) {
+                Ok(Some(chunk)) => self.chunk = chunk.bytes,
+                Ok(None) => self.ended = true,
+                Err(ReadError::Reset(_)) => return Poll::Ready(Err(Broken::Reset)),
+                Err(_) => return Poll::Ready(Err(Broken::Lost)),
+            }
+        }
+        Poll::Ready(Ok(!self.chunk.is_empty()))
+    }
+
+    /// The next thing that the request consists of.
+    pub(super) fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Result<Event, Broken>> {
+        loop {
+            if let Some((Kind::Section, 0)) = self.frame {
+                self.frame = None;
+                return Poll::Ready(Ok(Event::Section(self.section.split().freeze())));
+            }
+            if !ready!(self.poll_chunk(cx))? {
+                if self.frame.is_some() || self.head.has_begun() {
+                    // RFC 9114 section 7.1.
+                    return Poll::Ready(Err(self.fail(Code::Frame, "a frame without its end")));
+                }
+                if self.stage == Stage::Head {
+                    let _ = self.sides.reset.set(Code::Incomplete);
+                    return Poll::Ready(Err(Broken::Malformed("no head")));
+                }
+                return Poll::Ready(Ok(Event::End));
+            }
+            let Some((kind, left)) = self.frame else {
+                let byte = self.chunk.get_u8();
+                if let Some((kind, length)) = self.head.push(byte) {
+                    self.frame = self.begin(kind, length)?;
+                }
+                continue;
+            };
+            let most = usize::try_from(left).unwrap_or(usize::MAX).min(self.chunk.len());
+            let payload = self.chunk.split_to(most);
+            let left = left - payload.len() as u64;
+            self.frame = (left > 0).then_some((kind, left));
+            match kind {
+                Kind::Skipped => {}
+                Kind::Data => return Poll::Ready(Ok(Event::Data(payload))),
+                Kind::Section if left == 0 && self.section.is_empty() => {
+                    return Poll::Ready(Ok(Event::Section(payload)));
+                }
+                Kind::Section => {
+                    self.section.extend_from_slice(&payload);
+                    self.frame = Some((kind, left));
+                }
+            }
+        }
+    }
+
+    /// A frame begins. `None`: it is over, too.
+    fn begin(&mut self, kind: u64, length: u64) -> Result<Option<(Kind, u64)>, Broken> {
+        let frame = match (kind, self.stage) {
+            (frames::DATA, Stage::Body | Stage::Tunnel) => Kind::Data,
+            (frames::HEADERS, Stage::Head | Stage::Body) => {
+                if length > self.link.most.bytes as u64 {
+                    let _ = self.sides.reset.set(Code::ExcessiveLoad);
+                    return Err(Broken::TooLarge);
+                }
+                // A section is given even if it is empty, and then makes no request.
+                self.link.came(true);
+                return Ok(Some((Kind::Section, length)));
+            }
+            (
+                frames::DATA
+                | frames::HEADERS
+                | frames::CANCEL_PUSH
+                | frames::SETTINGS
+                | frames::PUSH_PROMISE
+                | frames::GOAWAY
+                | frames::MAX_PUSH_ID,
+                _,
+            ) => return Err(self.fail(Code::FrameUnexpected, "a frame out of place")),
+            (kind, _) if frames::is_of_http2(kind) => {
+                return Err(self.fail(Code::FrameUnexpected, "a frame of HTTP/2"));
+            }
+            _ => Kind::Skipped,
+        };
+        self.link.came(frame == Kind::Data && length > 0);
+        Ok((length > 0).then_some((frame, length)))
+    }
+
+    /// The connection is over.
+    fn fail(&self, code: Code, detail: &'static str) -> Broken {
+        self.link.fail(code, detail);
+        Broken::Lost
+    }
+
+    /// The request is malformed: its answer is broken off.
+    pub(crate) fn malformed(&self, detail: &'static str) -> Broken {
+        let _ = self.sides.reset.set(Code::Message);
+        Broken::Malformed(detail)
+    }
+
+    /// Fields of a section.
+    pub(super) fn fields(&self, section: &[u8]) -> Result<Vec<qpack::Field>, Broken> {
+        qpack::decode(section, self.link.most).map_err(|fault| match fault {
+            Fault::Broken => self.fail(Code::Decompression, "a field section that can't be read"),
+            Fault::TooLarge => {
+                let _ = self.sides.reset.set(Code::ExcessiveLoad);
+                Broken::TooLarge
+            }
+        })
+    }
+
+    /// The next frame of a body. `None`: that was all.
+    pub(crate) fn poll_body(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Bytes>, Broken>>> {
+        loop {
+            match ready!(self.poll_event(cx)) {
+                Err(broken) => return Poll::Ready(Some(Err(broken))),
+                Ok(Event::Data(data)) => {
+                    return Poll::Ready(Some(Ok(http_body::Frame::data(data))));
+                }
+                // They are given with the end: what may not follow them is seen before.
+                Ok(Event::Section(section)) => {
+                    self.stage = Stage::Over;
+                    match self.read_trailers(&section) {
+                        Ok(trailers) => self.trailers = Some(trailers),
+                        Err(broken) => return Poll::Ready(Some(Err(broken))),
+                    }
+                }
+                Ok(Event::End) => {
+                    let trailers = self.trailers.take();
+                    return Poll::Ready(trailers.map(|t| Ok(http_body::Frame::trailers(t))));
+                }
+            }
+        }
+    }
+
+    fn read_trailers(&self, section: &[u8]) -> Result<HeaderMap, Broken> {
+        let trailers = head::trailers(self.fields(section)?);
+        let trailers = trailers.map_err(|what| self.malformed(what))?;
+        if are_tokens(&trailers) {
+            Ok(trailers)
+        } else {
+            Err(self.malformed("a field name that is none"))
+        }
+    }
+}
+
+impl Drop for Receive {
+    fn drop(&mut self) {
+        // RFC 9114 section 4.1: the answer does not depend on what is still to come.
+        if !self.ended {
+            let _ = self.stream.stop(Code::NoError.into());
+        }
+    }
+}
+
+/// The answer's direction. Dropped before its end, it is reset, so that it can't look complete.
+pub(super) struct Reply {
+    stream: SendStream,
+    sides: Arc<Sides>,
+    /// What the client's window, or the connection's, has no room for yet.
+    out: VecDeque<Bytes>,
+    finished: bool,
+}
+
+impl std::fmt::Debug for Reply {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reply").field("finished", &self.finished).finish_non_exhaustive()
+    }
+}
+
+impl Reply {
+    pub(super) fn new(stream: SendStream, sides: Arc<Sides>) -> Self {
+        Self { stream, sides, out: VecDeque::new(), finished: false }
+    }
+
+    fn push(&mut self, kind: u64, payload: Bytes) {
+        self.out.push_back(frames::frame_head(kind, payload.len()));
+        if !payload.is_empty() {
+            self.out.push_back(payload);
+        }
+    }
+
+    /// Hands over what waits.
+    fn poll_out(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), WriteError>> {
+        while !self.out.is_empty() {
+            let written = {
+                let write = pin!(self.stream.write_chunks(self.out.make_contiguous()));
+                ready!(write.poll(cx))?
+            };
+            self.out.drain(..written.chunks);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Sends the whole of an answer without a body.
+    pub(super) async fn only(&mut self, head: Response<()>) {
+        self.head(head, None);
+        if poll_fn(|cx| self.poll_out(cx)).await.is_ok() {
+            self.finish();
+        }
+    }
+
+    fn finish(&mut self) {
+        self.finished = true;
+        let _ = self.stream.finish();
+    }
+
+    /// Sends an answer's head, as soon as there is room.
+    pub(super) fn head(&mut self, mut head: Response<()>, length: Option<u64>) {
+        let fields = head.headers_mut();
+        strip(fields);
+        // RFC 9110 section 6.6.1: whoever gets a message without one notes when it came.
+        if !fields.contains_key(header::DATE)
+            && let Ok(now) = HeaderValue::from_str(&httpdate::fmt_http_date(SystemTime::now()))
+        {
+            fields.insert(header::DATE, now);
+        }
+        if let Some(length) = length.filter(|_| !fields.contains_key(header::CONTENT_LENGTH)) {
+            fields.insert(header::CONTENT_LENGTH, length.into());
+        }
+        self.push(frames::HEADERS, qpack::response(head.status(), head.headers()).freeze());
+    }
+
+    /// Waits for an answer, and sends the interim ones before it. `None`: the client took its
+    /// request back, or it turned out to be none.
+    pub(super) async fn answered<F: Future>(
+        &mut self,
+        conn: &Conn,
+        mut answer: Pin<&mut F>,
+    ) -> Option<F::Output> {
+        let mut stopped = pin!(self.stream.stopped());
+        let mut sent = 0;
+        poll_fn(|cx| {
+            // First: what its client took back in the same breath never gets as far as a node.
+            if self.sides.reset.get().is_some() || stopped.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+            let polled = answer.as_mut().poll(cx);
+            while conn.has_interim() {
+                let interim = interim(&conn.take_interim());
+                if let Some(interim) = interim.filter(|_| sent < INTERIM) {
+                    sent += 1;
+                    let section = qpack::response(interim.status(), interim.headers());
+                    self.push(frames::HEADERS, section.freeze());
+                }
+            }
+            if self.sides.reset.get().is_some() {
+                return Poll::Ready(None);
+            }
+            if let Poll::Ready(answer) = polled {
+                return Poll::Ready(Some(answer));
+            }
+            match self.poll_out(cx) {
+                Poll::Ready(Err(_)) => Poll::Ready(None),
+                _ => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    /// Sends an answer's body at its client's pace, and watches whether the client still wants it.
+    pub(super) async fn pipe<B>(mut self, body: B)
+    where
+        B: Body<Data = Bytes> + Unpin,
+    {
+        let mut body = Some(body);
+        let mut stopped = pin!(self.stream.stopped());
+        let whole = poll_fn(|cx| {
+            loop {
+                if self.sides.reset.get().is_some() {
+                    return Poll::Ready(false);
+                }
+                match self.poll_out(cx) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(_)) => return Poll::Ready(false),
+                    // Whoever takes it back is heard by the write as well.
+                    Poll::Pending => return Poll::Pending,
+                }
+                let Some(next) = &mut body else { return Poll::Ready(true) };
+                match Pin::new(&mut *next).poll_frame(cx) {
+                    Poll::Pending => return stopped.as_mut().poll(cx).map(|_| false),
+                    Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                        Ok(data) => {
+                            let is_last = next.is_end_stream();
+                            if !data.is_empty() {
+                                self.push(frames::DATA, data);
+                            }
+                            if is_last {
+                                body = None;
+                            }
+                        }
+                        Err(frame) => {
+                            let Ok(mut trailers) = frame.into_trailers() else { continue };
+                            strip(&mut trailers);
+                            self.push(frames::HEADERS, qpack::trailers(&trailers).freeze());
+                            body = None;
+                        }
+                    },
+                    Poll::Ready(Some(Err(_))) => return Poll::Ready(false),
+                    Poll::Ready(None) => body = None,
+                }
+            }
+        })
+        .await;
+        if whole {
+            self.finish();
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if !self.finished {
+            let code = self.sides.reset.get().copied().unwrap_or(Code::Internal);
+            let _ = self.stream.reset(code.into());
+        }
+    }
+}
+
+/// A stream that became a tunnel (RFC 9220): bytes both ways. The end of one direction is the end
+/// of its half of the stream; whoever drops it before resets that.
+#[derive(Debug)]
+pub(super) struct Tunnel {
+    reply: Reply,
+    receive: Receive,
+    /// Of the last frame, what was not read yet.
+    rest: Bytes,
+}
+
+impl Tunnel {
+    /// After the head that made it a tunnel, which may still be on its way.
+    pub(super) fn new(reply: Reply, mut receive: Receive) -> Self {
+        receive.tunnel();
+        Self { reply, receive, rest: Bytes::new() }
+    }
+}
+
+fn broken(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionReset, error)
+}
+
+impl AsyncRead for Tunnel {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        while self.rest.is_empty() {
+            match ready!(self.receive.poll_event(cx)) {
+                Ok(Event::Data(data)) => self.rest = data,
+                Ok(Event::End) => return Poll::Ready(Ok(())),
+                // There is none in a tunnel.
+                Ok(Event::Section(_)) => {}
+                Err(error) => return Poll::Ready(Err(broken(error))),
+            }
+        }
+        let n = self.rest.len().min(buf.remaining());
+        let taken = self.rest.split_to(n);
+        buf.put_slice(&taken);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Tunnel {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        ready!(self.reply.poll_out(cx)).map_err(broken)?;
+        if buf.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let (taken, _) = buf.split_at(buf.len().min(FRAME));
+        self.reply.push(frames::DATA, Bytes::copy_from_slice(taken));
+        // What finds no room waits for the next write or flush.
+        match self.reply.poll_out(cx) {
+            Poll::Ready(Err(error)) => Poll::Ready(Err(broken(error))),
+            _ => Poll::Ready(Ok(taken.len())),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.reply.poll_out(cx).map_err(broken)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.reply.poll_out(cx)).map_err(broken)?;
+        if !self.reply.finished {
+            self.reply.finish();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
