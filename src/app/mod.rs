@@ -19,6 +19,8 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
 };
 
+#[cfg(feature = "http3")]
+use crate::server::h3;
 use crate::{
     admin::{self, Admin},
     config::{
@@ -479,7 +481,11 @@ impl Control {
             let _ = worker.commands.send(Command::Listen(number, socket)).await;
         }
         #[cfg(feature = "http3")]
-        for (worker, socket) in self.workers.iter().zip(sockets.udp) {
+        let (post, workers) = (h3::Post::new(self.workers.len()), self.workers.len());
+        #[cfg(feature = "http3")]
+        for ((index, worker), socket) in self.workers.iter().enumerate().zip(sockets.udp) {
+            let post = Arc::clone(&post);
+            let socket = h3::Socket { socket, worker: index, workers, post };
             let _ = worker.commands.send(Command::ListenQuic(number, socket)).await;
         }
     }

@@ -39,7 +39,7 @@ pub(super) enum Command {
     Listen(usize, std::net::TcpListener),
     /// Let clients come there by QUIC as well.
     #[cfg(feature = "http3")]
-    ListenQuic(usize, std::net::UdpSocket),
+    ListenQuic(usize, server::h3::Socket),
     /// No longer.
     #[cfg(feature = "http3")]
     CloseQuic(usize),

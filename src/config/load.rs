@@ -1272,6 +1272,53 @@ primary = [{ typ = "litefs" }, { kind = "litefs" }]
         LEAST.replace("8080\"", &format!("8080\"\ntls = {{ acme = {acme} }}"))
     }
 
+    fn with_http3(listener: &str) -> String {
+        LEAST.replace("8080\"", &format!("8080\"\n{listener}"))
+    }
+
+    const PAIR: &str = "tls = { certificates = [{ certificate = \"a\", key = \"b\" }] }";
+
+    #[cfg(not(feature = "http3"))]
+    #[test]
+    fn http3_needs_its_feature() {
+        let faults = parsed(&with_http3(&format!("http3 = true\n{PAIR}"))).unwrap_err();
+        assert!(faults.contains("--features http3"), "{faults}");
+        assert_eq!(parsed(&with_http3("http3 = false")).unwrap().listeners[0].http3, None);
+    }
+
+    #[cfg(feature = "http3")]
+    #[test]
+    fn http3_has_an_age_and_a_port() {
+        let day = Some(Duration::from_hours(24));
+        for (written, want) in [
+            ("false", None),
+            ("true", Some(Http3 { alt_svc: day, port: None })),
+            ("{}", Some(Http3 { alt_svc: day, port: None })),
+            ("{ alt_svc = \"0s\" }", Some(Http3 { alt_svc: None, port: None })),
+            (
+                "{ alt_svc = \"1s\", port = 443 }",
+                Some(Http3 { alt_svc: Some(secs(1)), port: Some(443) }),
+            ),
+        ] {
+            let config = parsed(&with_http3(&format!("http3 = {written}\n{PAIR}"))).unwrap();
+            assert_eq!(config.listeners[0].http3, want, "{written}");
+        }
+    }
+
+    #[test]
+    fn http3_needs_tls_and_knows_no_proxy_protocol() {
+        for (listener, want) in [
+            ("http3 = true".to_owned(), "HTTP/3 needs `tls`"),
+            (format!("http3 = true\n{PAIR}\nproxy_protocol = \"accept\""), "don't go together"),
+            (format!("http3 = 3\n{PAIR}"), "http3"),
+            (format!("http3 = {{ ports = 1 }}\n{PAIR}"), "ports"),
+            (format!("http3 = {{ port = 0 }}\n{PAIR}"), "port"),
+        ] {
+            let faults = parsed(&with_http3(&listener)).unwrap_err();
+            assert!(faults.contains(want), "{listener}: {faults}");
+        }
+    }
+
     #[cfg(not(feature = "acme"))]
     #[test]
     fn acme_needs_its_feature() {

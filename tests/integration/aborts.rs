@@ -16,17 +16,17 @@ use crate::gate::Gate;
 
 const SOON: Duration = Duration::from_secs(10);
 /// The promise is a second; the rest is for a machine that has other things to do.
-const HEARD: Duration = Duration::from_secs(3);
+pub(crate) const HEARD: Duration = Duration::from_secs(3);
 
 /// What the node sees of a request.
 #[derive(Debug, Eq, PartialEq)]
-enum Saw {
+pub(crate) enum Saw {
     Began,
     Aborted,
 }
 
 /// A node that answers `/wait` and `/upload` never, and `/stream` without end.
-async fn node() -> (SocketAddr, mpsc::Receiver<Saw>) {
+pub(crate) async fn node() -> (SocketAddr, mpsc::Receiver<Saw>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
     let address = listener.local_addr().expect("bound");
     let (say, heard) = mpsc::channel(16);
@@ -106,7 +106,7 @@ enum Client {
     Gone,
 }
 
-async fn heard(node: &mut mpsc::Receiver<Saw>, within: Duration, what: &str) -> Saw {
+pub(crate) async fn heard(node: &mut mpsc::Receiver<Saw>, within: Duration, what: &str) -> Saw {
     let heard = timeout(within, node.recv()).await;
     heard.unwrap_or_else(|_| panic!("not in time: {what}")).expect("the node is there")
 }

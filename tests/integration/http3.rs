@@ -1,19 +1,35 @@
 //! HTTP/3 to clients: over QUIC beside TCP, with the client of the `h3` crate where it can say what
 //! is to be said, and with bare frames where it can't.
 
-use std::{future::poll_fn, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::poll_fn,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::{Buf as _, Bytes};
 use http::{HeaderMap, Request, Response, StatusCode};
+use litegate::testkit::Cluster;
 use quinn::{ClientConfig, Connection, Endpoint, VarInt, crypto::rustls::QuicClientConfig};
+use rustls::pki_types::CertificateDer;
 use serde_json::Value;
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    time::{Instant, sleep, timeout},
+};
 
 use crate::{
+    aborts::{HEARD, Saw, heard, node},
     gate::Gate,
+    h2::until,
     tls::{Authority, listening},
 };
 
+const REACHED: &str = "litegate_limits_reached_total";
 const SOON: Duration = Duration::from_secs(10);
 
 type Stream = h3::client::RequestStream<h3_quinn::BidiStream<Bytes>, Bytes>;
@@ -453,5 +469,471 @@ async fn closed(connection: &Connection, what: &str, want: u64) {
             assert_eq!(close.error_code, VarInt::from_u64(want).expect("a code"), "{what}");
         }
         other => panic!("{what}: {other}"),
+    }
+}
+
+/// A gate with HTTP/3 before a node of one's own.
+async fn before(node: SocketAddr, limits: &str) -> Quic {
+    let authority = Authority::new();
+    let pair = authority.write(authority.directory.path(), "a", &["a.test"]);
+    let text = format!(
+        "[server]\nworkers = 1\n[[listener]]\naddress = \"127.0.0.1:0\"\nhttp3 = true\n\
+         tls = {{ certificates = [{pair}] }}\n[admin]\naddress = \"127.0.0.1:0\"\n[access_log]\n\
+         format = \"off\"\n[limits]\n{limits}\n[cluster.app]\nport = 1\nmembers = {{ type = \
+         \"static\", nodes = [{{ name = \"a\", address = \"{node}\" }}] }}\nprimary = {{ type = \
+         \"instance\", name = \"a\" }}\n"
+    );
+    let gate = Gate::before(Cluster::empty(), &text);
+    gate.until(|topology| topology.primary.is_some()).await;
+    Quic { gate, authority }
+}
+
+#[tokio::test]
+async fn an_abort_reaches_the_node_and_frees_everything() {
+    let (address, mut node) = node().await;
+    let quic = before(address, "").await;
+    for gone in [false, true] {
+        for (method, path) in [("GET", "/wait"), ("GET", "/stream"), ("POST", "/upload")] {
+            let what = format!("{path} {gone}");
+            let connection = quic.connect().await;
+            let _control = greet(&connection).await;
+            let (mut send, mut receive) = connection.open_bi().await.expect("a stream");
+            let fields = [(":method", method), GET[1], GET[2], (":path", path)];
+            send.write_all(&wire::head(&fields)).await.expect("it goes out");
+            if method == "POST" {
+                let some = wire::frame(wire::DATA, &[b'x'; 1000]);
+                send.write_all(&some).await.expect("it goes out");
+            } else {
+                send.finish().expect("it goes out");
+            }
+            assert_eq!(heard(&mut node, SOON, &what).await, Saw::Began, "{what}");
+            if path == "/stream" {
+                let read = receive.read_chunk(10, true);
+                timeout(SOON, read).await.expect("in time").expect("it begins");
+            }
+            if gone {
+                connection.close(0x100u32.into(), b"");
+            } else {
+                let _ = send.reset(0x10cu32.into());
+                receive.stop(0x10cu32.into()).expect("it was open");
+            }
+            assert_eq!(heard(&mut node, HEARD, &what).await, Saw::Aborted, "{what}");
+            until(&quic.gate, "litegate_http_requests_in_flight", "", |n| n == 0).await;
+            until(&quic.gate, "litegate_replay_buffer_bytes", "", |n| n == 0).await;
+        }
+    }
+    until(&quic.gate, "litegate_downstream_connections", "", |n| n <= 3).await;
+}
+
+#[tokio::test]
+async fn a_broken_answer_does_not_look_complete() {
+    let quic = Quic::start().await;
+    let connection = quic.connect().await;
+    let _control = greet(&connection).await;
+    for fault in ["/fault/half", "/fault/chunk"] {
+        let mut fields = GET;
+        fields[3].1 = fault;
+        let broken = bare(&connection, &wire::head(&fields)).await;
+        let want = quinn::ReadError::Reset(0x102u32.into());
+        assert_eq!(broken, Err(quinn::ReadToEndError::Read(want)), "{fault}");
+    }
+    assert_eq!(bare(&connection, &wire::head(&GET)).await.expect("an answer"), [200], "it goes on");
+}
+
+/// A node that sends without end, or takes nothing, and counts what went.
+async fn endless() -> (SocketAddr, Arc<AtomicU64>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+    let (address, sent) = (listener.local_addr().expect("bound"), Arc::new(AtomicU64::new(0)));
+    let counted = Arc::clone(&sent);
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            let counted = Arc::clone(&counted);
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(socket.read_u8().await.expect("a head"));
+                }
+                if head.starts_with(b"POST") {
+                    return std::future::pending().await;
+                }
+                let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000000\r\n\r\n";
+                socket.write_all(answer).await.expect("it reads");
+                let part = vec![b'x'; 1 << 16];
+                while socket.write_all(&part).await.is_ok() {
+                    counted.fetch_add(1 << 16, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    (address, sent)
+}
+
+/// Until a count has stood still for a moment.
+async fn stands(count: impl Fn() -> u64) -> u64 {
+    let (mut last, mut since) = (count(), Instant::now());
+    let deadline = Instant::now() + SOON;
+    while since.elapsed() < Duration::from_millis(500) {
+        assert!(Instant::now() < deadline, "it goes on: {last}");
+        sleep(Duration::from_millis(20)).await;
+        if count() != last {
+            (last, since) = (count(), Instant::now());
+        }
+    }
+    last
+}
+
+#[tokio::test]
+async fn neither_a_slow_reader_nor_a_slow_node_fills_memory() {
+    let (address, sent) = endless().await;
+    let quic = before(address, "body_idle = \"30s\"").await;
+    let connection = quic.connect().await;
+    let _control = greet(&connection).await;
+    let (mut send, receive) = connection.open_bi().await.expect("a stream");
+    send.write_all(&wire::head(&GET)).await.expect("it goes out");
+    send.finish().expect("it goes out");
+    let in_sockets = 8 << 20;
+    let waits = stands(|| sent.load(Ordering::Relaxed)).await;
+    assert!(waits > 0 && waits < in_sockets, "{waits}");
+    drop(receive);
+
+    let (mut send, _receive) = connection.open_bi().await.expect("a stream");
+    send.write_all(&wire::head(&POST)).await.expect("it goes out");
+    let taken = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&taken);
+    let uploads = tokio::spawn(async move {
+        let part = wire::frame(wire::DATA, &[b'x'; 1 << 14]);
+        while send.write_all(&part).await.is_ok() {
+            counted.fetch_add(1 << 14, Ordering::Relaxed);
+        }
+    });
+    let waits = stands(|| taken.load(Ordering::Relaxed)).await;
+    assert!(waits > 0 && waits < in_sockets, "{waits}");
+    uploads.abort();
+}
+
+#[tokio::test]
+async fn heads_have_their_limits_in_time_and_length() {
+    let quic = Quic::start().await;
+    let connection = quic.connect().await;
+    let _control = greet(&connection).await;
+    // A section of 2^40 bytes is announced, and then one of which nothing comes.
+    for (opening, want) in [(&b"\x01\xc0\0\x01\0\0\0\0\0"[..], 431), (b"\x01\x20", 408)] {
+        let (mut send, mut receive) = connection.open_bi().await.expect("a stream");
+        send.write_all(opening).await.expect("it goes out");
+        let answer = timeout(SOON, receive.read_to_end(4096)).await.expect("in time");
+        let answer = answer.expect("an answer");
+        assert_eq!(wire::status(&wire::frames(&answer)[0].1), want);
+    }
+    for limit in ["header_bytes", "header_read"] {
+        assert_eq!(quic.gate.metric(REACHED, &format!("\"{limit}\"")).await, 1, "{limit}");
+    }
+}
+
+#[tokio::test]
+async fn floods_end_the_connection() {
+    let quic = Quic::start().await;
+    // Frames that ask for nothing.
+    let connection = quic.connect().await;
+    let _control = greet(&connection).await;
+    let (mut send, _receive) = connection.open_bi().await.expect("a stream");
+    let _ = send.write_all(&wire::frame(0x21, b"").repeat(5000)).await;
+    closed(&connection, "frames", 0x107).await;
+    until(&quic.gate, REACHED, "\"frames\"", |n| n == 1).await;
+    // Requests taken back: CVE-2023-44487.
+    let connection = quic.connect().await;
+    let _control = greet(&connection).await;
+    let mut slow = GET;
+    slow[3].1 = "/sleep/60000";
+    let head = wire::head(&slow);
+    let flood = async {
+        while let Ok((mut send, mut receive)) = connection.open_bi().await {
+            let _ = send.write_all(&head).await;
+            let _ = send.reset(0x10cu32.into());
+            let _ = receive.stop(0x10cu32.into());
+        }
+    };
+    timeout(SOON, flood).await.expect("it is ended");
+    closed(&connection, "requests taken back", 0x107).await;
+    until(&quic.gate, REACHED, "\"resets\"", |n| n == 1).await;
+    // Streams beyond the limit wait for others to end: there is no credit for them.
+    let connection = quic.connect().await;
+    let _control = greet(&connection).await;
+    let mut open = Vec::new();
+    while let Ok(stream) = timeout(Duration::from_millis(300), connection.open_bi()).await {
+        let (mut send, receive) = stream.expect("the connection goes on");
+        send.write_all(&head).await.expect("it goes out");
+        open.push((send, receive));
+    }
+    assert_eq!(open.len(), 100);
+    // It is given by the dozen.
+    for (_, mut receive) in open.drain(..30) {
+        receive.stop(0x10cu32.into()).expect("it was open");
+    }
+    timeout(SOON, connection.open_bi()).await.expect("there is room again").expect("it goes on");
+}
+
+#[tokio::test]
+async fn connections_have_their_limits() {
+    let edit = |text: String| text.replacen("workers = 2", "workers = 1", 1);
+    let edit = |text| edit(text).replacen("[[listener]]", "[[listener]]\nconnections = 3", 1);
+    let quic = Quic::edited("", edit).await;
+    // One is TCP's, whose next client has it already.
+    let (mut first, _second) = (quic.client().await, quic.client().await);
+    let refused = dial(quic.gate.address(), &quic.authority, None).await.expect_err("it is full");
+    assert!(matches!(refused, quinn::ConnectionError::ConnectionClosed(_)), "{refused}");
+    assert_eq!(quic.gate.metric(REACHED, "\"listener.connections\"").await, 1);
+    assert_eq!(first.get("/whoami").await.0, 200);
+
+    let edit = |text: String| {
+        let client = "[limits.client]\nconnections = 1\n\n[cluster.app]";
+        text.replacen("[cluster.app]", client, 1).replacen("workers = 2", "workers = 1", 1)
+    };
+    let quic = Quic::edited("", edit).await;
+    let mut first = quic.client().await;
+    // Its address is known to be its own with the end of the handshake.
+    let second = quic.connect().await;
+    closed(&second, "a client's second connection", 0x107).await;
+    assert_eq!(first.get("/whoami").await.0, 200);
+}
+
+#[tokio::test]
+async fn idle_connections_and_those_that_carried_enough_are_closed() {
+    let edit = |text: String| {
+        text.replacen("[limits]", "[limits]\nidle = \"1s\"\nrequests_per_connection = 2", 1)
+    };
+    let quic = Quic::edited("", edit).await;
+    let idle = quic.connect().await;
+    let _control = greet(&idle).await;
+    let full = quic.connect().await;
+    let _control = greet(&full).await;
+    for _ in 0..2 {
+        assert_eq!(bare(&full, &wire::head(&GET)).await.expect("an answer"), [200]);
+    }
+    closed(&full, "full", 0x100).await;
+    closed(&idle, "idle", 0x100).await;
+    for limit in ["idle", "requests_per_connection"] {
+        assert_eq!(quic.gate.metric(REACHED, &format!("\"{limit}\"")).await, 1, "{limit}");
+    }
+}
+
+#[tokio::test]
+async fn a_drain_says_goaway_and_finishes() {
+    let Quic { gate, authority } = Quic::start().await;
+    let connection = dial(gate.address(), &authority, None).await.expect("a connection");
+    let _control = greet(&connection).await;
+    let mut control = timeout(SOON, connection.accept_uni()).await.expect("in time").expect("one");
+    let mut slow = GET;
+    slow[3].1 = "/sleep/1500";
+    let head = wire::head(&slow);
+    let slow = bare(&connection, &head);
+    let leave = async {
+        until(&gate, "litegate_http_requests_in_flight", "", |n| n == 1).await;
+        gate.running().drain();
+        let mut said = Vec::new();
+        // The type of the stream, SETTINGS, GOAWAY without a number, and with one.
+        while said.len() < 9 + 10 + 3 {
+            let more = timeout(SOON, control.read_chunk(100, true)).await.expect("in time");
+            said.extend_from_slice(&more.expect("it goes on").expect("it stays open").bytes);
+        }
+        let frames = wire::frames(&said[1..]);
+        assert_eq!(frames.iter().map(|(kind, _)| *kind).collect::<Vec<_>>(), [4, 7, 7]);
+        assert_eq!((frames[1].1.len(), &frames[2].1[..]), (8, &[4][..]));
+        let late = bare(&connection, &wire::head(&GET)).await;
+        let want = quinn::ReadError::Reset(0x10bu32.into());
+        assert_eq!(late, Err(quinn::ReadToEndError::Read(want)), "it may be repeated elsewhere");
+    };
+    let (slow, ()) = tokio::join!(slow, leave);
+    assert_eq!(slow.expect("an answer"), [200], "what runs is finished");
+    let newcomer = dial(gate.address(), &authority, None).await;
+    assert!(newcomer.is_err(), "nobody is let in any more");
+    closed(&connection, "drained", 0x100).await;
+    let (_cluster, running) = gate.into_running();
+    let ended = tokio::task::spawn_blocking(move || running.join()).await.expect("it ends");
+    assert_eq!(ended, litegate::app::Ended::Drained);
+}
+
+#[tokio::test]
+async fn a_websocket_over_a_stream_is_an_upgrade_to_the_node() {
+    let quic = Quic::start().await;
+    let connection = quic.connect().await;
+    let _control = greet(&connection).await;
+    for (protocol, want) in [("websocket", 200), ("gopher", 405)] {
+        let (mut send, mut receive) = connection.open_bi().await.expect("a stream");
+        let head = wire::head(&[
+            (":method", "CONNECT"),
+            (":protocol", protocol),
+            (":scheme", "https"),
+            (":authority", "a.test"),
+            (":path", "/upgrade"),
+            ("sec-websocket-version", "13"),
+        ]);
+        send.write_all(&head).await.expect("it goes out");
+        if want != 200 {
+            let answer = timeout(SOON, receive.read_to_end(4096)).await.expect("in time");
+            assert_eq!(wire::status(&wire::frames(&answer.expect("whole"))[0].1), want);
+            continue;
+        }
+        let first = timeout(SOON, receive.read_chunk(4096, true)).await.expect("in time");
+        let first = first.expect("it goes on").expect("an answer").bytes;
+        assert_eq!(wire::status(&wire::frames(&first)[0].1), 200);
+        assert_eq!(quic.gate.metric("litegate_tunnels", "").await, 1);
+        let mut piece = Vec::new();
+        for n in 0..20usize {
+            piece.extend(wire::frame(wire::DATA, &vec![b'x'; 1 + n * 800]));
+        }
+        send.write_all(&piece).await.expect("it goes out");
+        send.finish().expect("it goes out");
+        let rest = timeout(SOON, receive.read_to_end(1 << 20)).await.expect("in time");
+        let back = wire::frames(&rest.expect("it ends as it should"));
+        assert!(back.iter().all(|(kind, _)| *kind == 0));
+        let bytes: usize = back.iter().map(|(_, payload)| payload.len()).sum();
+        assert_eq!(bytes, (0..20).map(|n| 1 + n * 800).sum::<usize>());
+        until(&quic.gate, "litegate_tunnels", "", |n| n == 0).await;
+    }
+}
+
+#[tokio::test]
+async fn clients_of_tcp_are_told() {
+    for (http3, want) in [
+        ("true", Some("h3=\":PORT\"; ma=86400")),
+        ("{ alt_svc = \"1h\", port = 443 }", Some("h3=\":443\"; ma=3600")),
+        ("{ alt_svc = \"0s\" }", None),
+        ("false", None),
+    ] {
+        let authority = Authority::new();
+        let pair = authority.write(authority.directory.path(), "a", &["a.test"]);
+        let keys = format!("http3 = {http3}\ntls = {{ certificates = [{pair}] }}");
+        let gate = listening(&keys, |text| text).await;
+        let config = authority.client(crate::tls::BOTH, None, &["http/1.1"]);
+        for target in ["/whoami", "/fault/reset"] {
+            let mut stream =
+                crate::tls::connect(&gate, &config, "a.test").await.expect("a session");
+            let request =
+                format!("GET {target} HTTP/1.1\r\nhost: a.test\r\nconnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.expect("it reads");
+            let mut answer = String::new();
+            let read = stream.read_to_string(&mut answer);
+            timeout(SOON, read).await.expect("in time").expect("whole");
+            let want = want.map(|want| want.replace("PORT", &gate.address().port().to_string()));
+            let told = answer.lines().find_map(|line| line.strip_prefix("alt-svc: "));
+            assert_eq!(told, want.as_deref(), "{http3} {target}");
+        }
+        let udp = dial(gate.address(), &authority, None);
+        if http3 == "false" {
+            assert!(timeout(Duration::from_millis(300), udp).await.is_err(), "nobody is there");
+        } else {
+            udp.await.expect("somebody is there");
+        }
+    }
+}
+
+/// Who the other end says it is.
+fn shown(connection: &Connection) -> CertificateDer<'static> {
+    let identity = connection.peer_identity().expect("it has one");
+    let chain = identity.downcast::<Vec<CertificateDer<'static>>>().expect("rustls'");
+    chain[0].clone()
+}
+
+#[tokio::test]
+async fn certificates_are_swapped_and_clients_are_asked_for_theirs() {
+    let quic = Quic::start().await;
+    let connection = quic.connect().await;
+    let _control = greet(&connection).await;
+    let first = shown(&connection);
+    quic.authority.write(quic.authority.directory.path(), "a", &["a.test"]);
+    let deadline = Instant::now() + Duration::from_secs(15);
+    while shown(&quic.connect().await) == first {
+        assert!(Instant::now() < deadline, "the certificate stays");
+        sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(bare(&connection, &wire::head(&GET)).await.expect("an answer"), [200]);
+
+    let authority = Authority::new();
+    let pair = authority.write(authority.directory.path(), "a", &["a.test"]);
+    let ca = authority.path("ca.crt");
+    let keys = format!(
+        "http3 = true\ntls = {{ certificates = [{pair}], client_ca = {ca:?}, client_auth = \
+         \"required\" }}"
+    );
+    let gate = listening(&keys, |text| text).await;
+    let connection = dial(gate.address(), &authority, Some("ada")).await.expect("it is let in");
+    let mut client = Client::over(connection).await;
+    let (_, echo) = client.send(ask("GET", "/echo"), b"").await;
+    assert_eq!(seen(&echo, "x-client-cert-subject"), ["CN=ada"]);
+    if let Ok(stranger) = dial(gate.address(), &authority, None).await {
+        // The client is done with its handshake before we are with ours.
+        let error = timeout(SOON, stranger.closed()).await.expect("in time");
+        assert!(matches!(error, quinn::ConnectionError::ConnectionClosed(_)), "{error}");
+    }
+    until(&gate, "litegate_tls_handshakes_total", "failed", |n| n == 1).await;
+}
+
+#[tokio::test]
+async fn nothing_is_taken_before_the_handshake_ends() {
+    let quic = Quic::start().await;
+    let mut tls = (*quic.authority.client(&[&rustls::version::TLS13], None, &["h3"])).clone();
+    tls.enable_early_data = true;
+    let crypto = QuicClientConfig::try_from(tls).expect("it is TLS 1.3");
+    let config = ClientConfig::new(Arc::new(crypto));
+    let endpoint = Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a socket");
+    let connect = || {
+        let to = quic.gate.address();
+        endpoint.connect_with(config.clone(), to, "a.test").expect("a name")
+    };
+    // A ticket comes with the first, and that it allows early data is never said.
+    let first = timeout(SOON, connect()).await.expect("in time").expect("a connection");
+    let _control = greet(&first).await;
+    assert_eq!(bare(&first, &wire::head(&GET)).await.expect("an answer"), [200]);
+    let second = connect().into_0rtt();
+    assert!(second.is_err(), "RFC 8470: it could be repeated by anybody");
+}
+
+#[tokio::test]
+async fn a_reload_opens_and_closes_it() {
+    let authority = Authority::new();
+    let pair = authority.write(authority.directory.path(), "a", &["a.test"]);
+    let keys = format!("tls = {{ certificates = [{pair}] }}");
+    let gate = listening(&keys, |text| text).await;
+    let with = |http3: &str| {
+        let keys = format!("address = \"127.0.0.1:0\"\n{keys}\nhttp3 = {http3}");
+        let text =
+            crate::gate::config(&gate.cluster, r#"primary = { type = "litefs", poll = "100ms" }"#);
+        let text = text.replacen("address = \"127.0.0.1:0\"", &keys, 1);
+        litegate::config::load::parse("test.toml", &text, []).unwrap_or_else(|f| panic!("{f}"))
+    };
+    for _ in 0..2 {
+        gate.running().reload(with("true")).await.expect("it is applied");
+        // A socket that is about to be closed may be asked as well, and sends newcomers to TCP.
+        let deadline = Instant::now() + SOON;
+        let connection = loop {
+            match dial(gate.address(), &authority, None).await {
+                Ok(connection) => break connection,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+        };
+        let mut client = Client::over(connection.clone()).await;
+        assert_eq!(client.get("/whoami").await.0, 200);
+        gate.running().reload(with("true")).await.expect("nothing changes");
+        assert_eq!(client.get("/whoami").await.0, 200);
+        gate.running().reload(with("false")).await.expect("it is applied");
+        closed(&connection, "no HTTP/3 any more", 0x100).await;
+    }
+}
+
+#[tokio::test]
+async fn a_connection_survives_another_address() {
+    let quic = Quic::start().await;
+    let endpoint = Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a socket");
+    let tls = quic.authority.client(&[&rustls::version::TLS13], None, &["h3"]);
+    let crypto = QuicClientConfig::try_from(tls).expect("it is TLS 1.3");
+    let config = ClientConfig::new(Arc::new(crypto));
+    let connecting = endpoint.connect_with(config, quic.gate.address(), "a.test").expect("a name");
+    let connection = timeout(SOON, connecting).await.expect("in time").expect("a connection");
+    let _control = greet(&connection).await;
+    // With two workers every other address is another one's.
+    for _ in 0..12 {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("loopback has ports");
+        endpoint.rebind(socket).expect("it is one");
+        assert_eq!(bare(&connection, &wire::head(&GET)).await.expect("an answer"), [200]);
     }
 }

@@ -1,15 +1,18 @@
 //! Accepts QUIC connections for one worker.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use quinn::{
-    Endpoint, EndpointConfig, IdleTimeout, Incoming, ServerConfig, TokioRuntime, TransportConfig,
-    VarInt, crypto::rustls::QuicServerConfig,
+    Endpoint, EndpointConfig, IdleTimeout, Incoming, Runtime as _, ServerConfig, TokioRuntime,
+    TransportConfig, VarInt, crypto::rustls::QuicServerConfig,
 };
 use rustls::pki_types::CertificateDer;
 use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
 
-use super::serve_connection;
+use super::{
+    serve_connection,
+    steer::{Ids, Post, Steered},
+};
 use crate::server::{
     Accepting, ClientCertificate, Handshake, Limits, Origin, Reached, Service,
     accept::Place,
@@ -61,19 +64,44 @@ fn transport(limits: &Limits) -> TransportConfig {
     transport
 }
 
+/// A worker's UDP socket, and how those of the other workers are reached.
+#[derive(Debug)]
+pub struct Socket {
+    /// Its own.
+    pub socket: std::net::UdpSocket,
+    /// Which one it is.
+    pub worker: usize,
+    /// Of how many.
+    pub workers: usize,
+    /// Theirs together.
+    pub post: Arc<Post>,
+}
+
+impl Socket {
+    fn open(self) -> io::Result<(SocketAddr, Endpoint)> {
+        let Self { socket, worker, workers, post } = self;
+        let local = socket.local_addr()?;
+        let runtime = Arc::new(TokioRuntime);
+        let socket = runtime.wrap_udp_socket(socket)?;
+        let socket = Arc::new(Steered { socket, post, worker });
+        let mut config = EndpointConfig::default();
+        config.cid_generator(move || Box::new(Ids { worker, workers }));
+        let endpoint = Endpoint::new_with_abstract_socket(config, None, socket, runtime)?;
+        Ok((local, endpoint))
+    }
+}
+
 /// Accepts until the drain starts, and then turns newcomers away until the last of its connections
 /// has finished: their packets come to this socket.
 pub async fn serve<S: Service + 'static>(
-    socket: std::net::UdpSocket,
+    socket: Socket,
     index: usize,
     service: Rc<S>,
     accepting: Accepting,
     drain: drain::Watch,
 ) {
-    let Ok(local) = socket.local_addr() else { return };
-    let runtime = Arc::new(TokioRuntime);
-    let endpoint = match Endpoint::new(EndpointConfig::default(), None, socket, runtime) {
-        Ok(endpoint) => endpoint,
+    let (local, endpoint) = match socket.open() {
+        Ok(opened) => opened,
         Err(error) => {
             tracing::error!(%error, "a UDP socket can't be used");
             return;

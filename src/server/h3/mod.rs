@@ -46,9 +46,11 @@ mod frames;
 mod head;
 mod huffman;
 mod qpack;
+mod steer;
 mod stream;
 
-pub use endpoint::{Crypto, crypto, serve};
+pub use endpoint::{Crypto, Socket, crypto, serve};
+pub use steer::Post;
 pub use stream::Broken;
 pub(super) use stream::Receive as RequestStream;
 
