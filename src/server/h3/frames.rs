@@ -109,12 +109,10 @@ pub(super) fn put_integer(into: &mut BytesMut, value: u64) {
     }
 }
 
-/// What stands before a frame's payload.
-pub(super) fn frame_head(kind: u64, length: usize) -> Bytes {
-    let mut head = BytesMut::with_capacity(16);
-    put_integer(&mut head, kind);
-    put_integer(&mut head, length as u64);
-    head.freeze()
+/// Writes what stands before a frame's payload.
+pub(super) fn put_frame_head(into: &mut BytesMut, kind: u64, length: usize) {
+    put_integer(into, kind);
+    put_integer(into, length as u64);
 }
 
 /// A frame's head, which may come in pieces.
@@ -158,7 +156,7 @@ pub(super) fn greeting(section_bytes: usize) -> Bytes {
     }
     let mut greeting = BytesMut::new();
     put_integer(&mut greeting, CONTROL);
-    greeting.extend_from_slice(&frame_head(SETTINGS, settings.len()));
+    put_frame_head(&mut greeting, SETTINGS, settings.len());
     greeting.extend_from_slice(&settings);
     greeting.freeze()
 }
@@ -167,7 +165,8 @@ pub(super) fn greeting(section_bytes: usize) -> Bytes {
 pub(super) fn goaway(id: u64) -> Bytes {
     let mut payload = BytesMut::new();
     put_integer(&mut payload, id);
-    let mut frame = BytesMut::from(&*frame_head(GOAWAY, payload.len()));
+    let mut frame = BytesMut::new();
+    put_frame_head(&mut frame, GOAWAY, payload.len());
     frame.extend_from_slice(&payload);
     frame.freeze()
 }
@@ -338,7 +337,8 @@ mod tests {
             length in 0usize..1 << 40,
         ) {
             let mut head = FrameHead::default();
-            let bytes = frame_head(kind, length);
+            let mut bytes = BytesMut::new();
+            put_frame_head(&mut bytes, kind, length);
             let (last, most) = bytes.split_last().unwrap();
             for byte in most {
                 prop_assert_eq!(head.push(*byte), None);

@@ -195,7 +195,8 @@ async fn serve_connection<S: Service + 'static>(
                 unanswered.settle();
             }
             reply.head(head, length);
-            reply.pipe(StreamBody::new(body, conn, unanswered)).await;
+            let body = StreamBody::new(body, Rc::clone(&conn), unanswered);
+            reply.pipe(body, &conn).await;
         });
         shared.spawn(Some(stream), task);
     };
@@ -209,6 +210,7 @@ async fn serve_connection<S: Service + 'static>(
     let mut has_heard = false;
     // Since when the client has been told to go.
     let mut going: Option<Instant> = None;
+    let mut below = 0;
     let critical = Rc::new(Critical::default());
     let mut tasks = FuturesUnordered::new();
     let stop = poll_fn(|cx| {
@@ -265,6 +267,12 @@ async fn serve_connection<S: Service + 'static>(
             if is_early {
                 continue;
             }
+            // Those of QUIC itself, which quinn answers and counts.
+            let all = asked_for_nothing(&connection);
+            frames.add(0, all - std::mem::replace(&mut below, all));
+            if let Some(flood) = frames.flood(0) {
+                return Poll::Ready(Stop::Flood(flood));
+            }
             frames.tick(0);
             if going.is_some_and(|since| now - since >= GOING) && leave.refused_from.get().is_none()
             {
@@ -306,6 +314,13 @@ async fn serve_connection<S: Service + 'static>(
     // What still runs is for nobody. Taken out first: a task that is dropped may look in here.
     let new = shared.take_new();
     drop((tasks, new));
+}
+
+/// How many frames of QUIC came that cost work and ask for nothing, by RFC 9000 section 21.9. Those
+/// that say what is blocked are many in a fast upload.
+fn asked_for_nothing(connection: &Connection) -> u64 {
+    let came = connection.stats().frame_rx;
+    came.ping + came.path_challenge + came.new_connection_id + came.retire_connection_id
 }
 
 /// Reads a request's head. `None`: there is none, and the client was told.

@@ -34,6 +34,8 @@ use crate::server::{
 const END_BEHIND: Duration = Duration::from_millis(20);
 /// The most that is taken from a stream at once.
 const CHUNK: usize = 64 << 10;
+/// A payload that is copied behind what stands before it.
+const CRUMB: usize = 1024;
 /// The most of a tunnel's bytes in one frame.
 const FRAME: usize = 16 << 10;
 
@@ -334,8 +336,13 @@ impl Drop for Receive {
 pub(super) struct Reply {
     stream: SendStream,
     sides: Arc<Sides>,
-    /// What the client's window, or the connection's, has no room for yet.
+    /// What is not with quinn yet, and may find no room there.
     out: VecDeque<Bytes>,
+    /// Behind it: what is small goes in one piece. quinn looks for what to send piece by piece, and
+    /// a node that answers in crumbs would keep it busy for ever.
+    crumbs: BytesMut,
+    /// How much that is together.
+    waiting: usize,
     finished: bool,
 }
 
@@ -347,18 +354,26 @@ impl std::fmt::Debug for Reply {
 
 impl Reply {
     pub(super) fn new(stream: SendStream, sides: Arc<Sides>) -> Self {
-        Self { stream, sides, out: VecDeque::new(), finished: false }
+        let (out, crumbs) = (VecDeque::new(), BytesMut::new());
+        Self { stream, sides, out, crumbs, waiting: 0, finished: false }
     }
 
     fn push(&mut self, kind: u64, payload: Bytes) {
-        self.out.push_back(frames::frame_head(kind, payload.len()));
-        if !payload.is_empty() {
+        frames::put_frame_head(&mut self.crumbs, kind, payload.len());
+        self.waiting += payload.len();
+        if payload.len() <= CRUMB {
+            self.crumbs.extend_from_slice(&payload);
+        } else {
+            self.out.push_back(self.crumbs.split().freeze());
             self.out.push_back(payload);
         }
     }
 
     /// Hands over what waits.
     fn poll_out(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), WriteError>> {
+        if !self.crumbs.is_empty() {
+            self.out.push_back(self.crumbs.split().freeze());
+        }
         while !self.out.is_empty() {
             let written = {
                 let write = pin!(self.stream.write_chunks(self.out.make_contiguous()));
@@ -366,6 +381,7 @@ impl Reply {
             };
             self.out.drain(..written.chunks);
         }
+        self.waiting = 0;
         Poll::Ready(Ok(()))
     }
 
@@ -436,7 +452,7 @@ impl Reply {
     }
 
     /// Sends an answer's body at its client's pace, and watches whether the client still wants it.
-    pub(super) async fn pipe<B>(mut self, body: B)
+    pub(super) async fn pipe<B>(mut self, body: B, conn: &Conn)
     where
         B: Body<Data = Bytes> + Unpin,
     {
@@ -447,34 +463,49 @@ impl Reply {
                 if self.sides.reset.get().is_some() {
                     return Poll::Ready(false);
                 }
-                match self.poll_out(cx) {
-                    Poll::Ready(Ok(())) => {}
-                    Poll::Ready(Err(_)) => return Poll::Ready(false),
-                    // Whoever takes it back is heard by the write as well.
-                    Poll::Pending => return Poll::Pending,
-                }
-                let Some(next) = &mut body else { return Poll::Ready(true) };
-                match Pin::new(&mut *next).poll_frame(cx) {
-                    Poll::Pending => return stopped.as_mut().poll(cx).map(|_| false),
-                    Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
-                        Ok(data) => {
-                            let is_last = next.is_end_stream();
-                            if !data.is_empty() {
-                                self.push(frames::DATA, data);
+                // As much as there is at once, within bounds.
+                let mut waits = false;
+                while self.waiting < CHUNK
+                    && !waits
+                    && let Some(next) = &mut body
+                {
+                    match Pin::new(&mut *next).poll_frame(cx) {
+                        Poll::Pending => waits = true,
+                        Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                            Ok(data) => {
+                                let is_last = next.is_end_stream();
+                                if !data.is_empty() {
+                                    self.push(frames::DATA, data);
+                                }
+                                if is_last {
+                                    body = None;
+                                }
                             }
-                            if is_last {
+                            Err(frame) => {
+                                let Ok(mut trailers) = frame.into_trailers() else { continue };
+                                strip(&mut trailers);
+                                self.push(frames::HEADERS, qpack::trailers(&trailers).freeze());
                                 body = None;
                             }
-                        }
-                        Err(frame) => {
-                            let Ok(mut trailers) = frame.into_trailers() else { continue };
-                            strip(&mut trailers);
-                            self.push(frames::HEADERS, qpack::trailers(&trailers).freeze());
-                            body = None;
-                        }
-                    },
-                    Poll::Ready(Some(Err(_))) => return Poll::Ready(false),
-                    Poll::Ready(None) => body = None,
+                        },
+                        Poll::Ready(Some(Err(_))) => return Poll::Ready(false),
+                        Poll::Ready(None) => body = None,
+                    }
+                }
+                match self.poll_out(cx) {
+                    Poll::Ready(Ok(())) => conn.wrote(0),
+                    Poll::Ready(Err(_)) => return Poll::Ready(false),
+                    // Whoever takes it back is heard by the write as well.
+                    Poll::Pending => {
+                        conn.write_blocked();
+                        return Poll::Pending;
+                    }
+                }
+                if body.is_none() {
+                    return Poll::Ready(true);
+                }
+                if waits {
+                    return stopped.as_mut().poll(cx).map(|_| false);
                 }
             }
         })
