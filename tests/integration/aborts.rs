@@ -144,6 +144,35 @@ async fn an_abort_reaches_the_node_and_frees_everything() {
     }
 }
 
+/// h2 counts the small frames that wait, for all streams of a connection together.
+#[tokio::test]
+async fn events_that_wait_for_slow_clients_end_nobody_s_stream() {
+    let (address, mut node) = node().await;
+    let text = format!(
+        "[server]\nworkers = 1\n[[listener]]\naddress = \"127.0.0.1:0\"\n[admin]\naddress = \
+         \"127.0.0.1:0\"\n[access_log]\nformat = \"off\"\n[cluster.app]\nport = 1\nupstream = {{ \
+         protocol = \"h2\" }}\nmembers = {{ type = \"static\", nodes = [{{ name = \"a\", address = \
+         \"{address}\" }}] }}\nprimary = {{ type = \"instance\", name = \"a\" }}\n"
+    );
+    let gate = Gate::before(Cluster::empty(), &text);
+    gate.until(|topology| topology.primary.is_some()).await;
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        let mut client = TcpStream::connect(gate.address()).await.expect("it listens");
+        client.write_all(b"GET /stream HTTP/1.1\r\nhost: a\r\n\r\n").await.expect("litegate reads");
+        assert_eq!(heard(&mut node, SOON, "it begins").await, Saw::Began);
+        clients.push(client);
+    }
+    // While one of them takes its time, what the others do not take fills their windows.
+    let mut buffer = vec![0; 64 << 10];
+    for client in &mut clients {
+        for _ in 0..20 {
+            let read = timeout(SOON, client.read_exact(&mut buffer)).await;
+            read.expect("in time").expect("it goes on");
+        }
+    }
+}
+
 /// Begins a request, waits until the node has it, and gives it up.
 async fn abandon(
     gate: &Gate,
