@@ -107,7 +107,7 @@ async fn start(
         ),
     )?;
     let child = Command::new(env!("CARGO_BIN_EXE_litegate"))
-        .arg("run")
+        .args(["run", "--config"])
         .arg(&file)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
