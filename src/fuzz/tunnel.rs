@@ -332,11 +332,8 @@ fn data(wire: &mut Vec<u8>, bytes: &[u8]) {
 
 async fn read(mut from: ReadHalf<Stream>, seen: Rc<Seen>) {
     let mut buffer = vec![0; 4 << 10];
-    loop {
-        match from.read(&mut buffer).await {
-            Ok(n @ 1..) => seen.bytes.borrow_mut().extend_from_slice(&buffer[..n]),
-            Ok(0) | Err(_) => break,
-        }
+    while let Ok(n @ 1..) = from.read(&mut buffer).await {
+        seen.bytes.borrow_mut().extend_from_slice(&buffer[..n]);
     }
     seen.over.set(true);
 }
