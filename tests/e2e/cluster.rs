@@ -256,14 +256,19 @@ impl Cluster {
     /// Starts the nodes again that have ended by themselves, as Kubernetes would: LiteFS leaves when
     /// it is deposed in the middle of a commit. Says how many.
     pub(crate) fn revive(&mut self) -> usize {
-        let ended = |node: &mut Node| node.process.as_mut().is_some_and(|p| !p.is_running());
-        let ended: Vec<usize> = (0..3).filter(|i| ended(&mut self.nodes[*i])).collect();
+        let ended = self.ended();
         for node in &ended {
             self.kill(*node);
             self.spawn(*node);
             self.wait_for(*node);
         }
         ended.len()
+    }
+
+    /// The nodes that have ended by themselves.
+    pub(crate) fn ended(&mut self) -> Vec<usize> {
+        let ended = |node: &mut Node| node.process.as_mut().is_some_and(|p| !p.is_running());
+        (0..3).filter(|i| ended(&mut self.nodes[*i])).collect()
     }
 
     /// Starts a killed node again with the data it had, without waiting for it.

@@ -9,6 +9,9 @@
 //	POST /kv/KEY                   the body joins the key's values; 201. Both take ?linger=
 //	GET /kv/KEY                    the key's values, oldest first, as this node has them: what
 //	                               litegate verify works with
+//	GET /bytes/N                   N bytes, each of which tells its place
+//	GET /ticks?n=9&every=50ms      so many server-sent events, numbered from 0
+//	GET /socket                    a WebSocket that sends everything back
 //	GET /whoami                    this node, and the request's header as it arrived
 //	GET /healthz                   200
 //
@@ -140,6 +143,9 @@ func open(path string, connections int) *sql.DB {
 
 func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Abaci-Node", a.node)
+	if streams(w, r) {
+		return
+	}
 	id, isWrite := strings.CutPrefix(r.URL.Path, "/w/")
 	key, isKey := strings.CutPrefix(r.URL.Path, "/kv/")
 	isRead := r.Method == http.MethodGet || r.Method == http.MethodHead
