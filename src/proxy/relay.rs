@@ -49,6 +49,8 @@ struct NodeBody {
     /// The client learns the end of the body from the end of the connection.
     ends_with_connection: bool,
     turn: Turn,
+    /// It has broken off, and is to be aborted with the next poll.
+    broken: bool,
 }
 
 impl ResponseBody {
@@ -72,7 +74,9 @@ impl ResponseBody {
             account.conn().set_deadline(Some(arrived + idle));
         }
         let turn = Turn::default();
-        let body = NodeBody { incoming, connected, idle, progress, ends_with_connection, turn };
+        let broken = false;
+        let body =
+            NodeBody { incoming, connected, idle, progress, ends_with_connection, turn, broken };
         Self::new(Source::Node(body), account)
     }
 
@@ -139,6 +143,9 @@ impl NodeBody {
         account: &Account,
     ) -> Poll<Option<Result<Frame<Bytes>, Abort>>> {
         ready!(self.turn.poll_mine(cx));
+        if self.broken {
+            return Poll::Ready(Some(Err(self.abort(account))));
+        }
         let mut polled = Pin::new(&mut self.incoming).poll_frame(cx);
         if polled.is_pending() {
             // Asking for a frame made hyper want one; now it may read.
@@ -159,7 +166,14 @@ impl NodeBody {
                 self.turn.moved(frame.data_ref().map_or(0, Bytes::len));
                 self.incoming.is_end_stream()
             }
-            Some(Err(_)) => return Poll::Ready(Some(Err(self.abort(account)))),
+            // One turn later: what waits to be written is thrown away with the connection or stream,
+            // and a client that got nothing on a connection that it has used before may take it for
+            // closed while idle, and send the request again, a write too.
+            Some(Err(_)) => {
+                self.broken = true;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             None => true,
         };
         if over {

@@ -70,9 +70,12 @@ async fn garbage_from_a_node_is_a_502_that_names_it() {
 async fn a_body_that_breaks_off_never_looks_complete() {
     let gate = Gate::start().await;
     for target in ["/fault/half", "/fault/chunk"] {
-        // The end of the connection may come before the head was worth sending.
-        let response = client::request(gate.address(), "GET", target, "", b"").await;
-        assert!(!response.as_ref().is_ok_and(|r| r.complete), "{target}: {response:?}");
+        for _ in 0..20 {
+            // Nothing at all on a used connection would have browsers send the request again.
+            let response = client::request(gate.address(), "GET", target, "", b"").await;
+            let response = response.expect("a head");
+            assert!(!response.complete && response.status == 200, "{target}: {response:?}");
+        }
     }
 }
 
