@@ -386,6 +386,11 @@ impl Shared {
             return Poll::Ready(Some(Ok(Frame::data(data))));
         }
         if state.next.is_none() {
+            if self.failed.get() {
+                // Asked once more after its error, a source says that it has ended, and half a body
+                // would run as a whole one.
+                return Poll::Ready(Some(Err(h2::Error::from(h2::Reason::CANCEL).into())));
+            }
             if self.ended.get() {
                 ready!(self.slot.borrow_mut().poll(cx));
                 let trailers = state.trailers.clone().filter(|_| !state.trailers_sent);

@@ -226,3 +226,36 @@ async fn abandon(
     // Without anything under way the connection ends by itself.
     let _ = timeout(SOON, driver).await.expect("in time");
 }
+
+#[tokio::test]
+async fn half_a_body_that_broke_off_while_it_was_held_never_runs() {
+    let keys = r#"primary = { type = "litefs", poll = "100ms" }"#;
+    let gate = Gate::with(litegate::testkit::Options::default(), keys).await;
+    gate.until(|topology| topology.primary.is_some()).await;
+    gate.cluster.step_down();
+    gate.until(|topology| topology.primary.is_none()).await;
+    let mut conns = Vec::new();
+    for length in ["transfer-encoding: chunked\r\n\r\n40\r\n", "content-length: 64\r\n\r\n"] {
+        let mut conn = gate.conn().await;
+        let ask = format!("POST /kv/half HTTP/1.1\r\nhost: a\r\n{length}half");
+        conn.send(ask).await.expect("litegate reads");
+        conns.push(conn);
+    }
+    let deadline = Instant::now() + SOON;
+    while gate.metric("litegate_held_requests", "").await < 2 {
+        assert!(Instant::now() < deadline, "they are not held");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // No more will come, and the client still listens.
+    for conn in &mut conns {
+        conn.stream.shutdown().await.expect("half a close");
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    gate.cluster.promote(1);
+    for conn in &mut conns {
+        let mut rest = Vec::new();
+        let _ = timeout(SOON, conn.stream.read_to_end(&mut rest)).await;
+        assert!(!rest.starts_with(b"HTTP/1.1 2"), "{}", String::from_utf8_lossy(&rest));
+    }
+    assert_eq!(gate.cluster.written("half").on.len(), 0);
+}
