@@ -14,6 +14,9 @@ use crate::{
     wire::Via,
 };
 
+/// The id of writes none of which is whole, so that none may run.
+pub(crate) const NEVER: &str = "abused";
+
 /// The beginnings of what they send, and what some go on with.
 const BEGINNINGS: [&[u8]; 16] = [
     b"",
@@ -24,7 +27,7 @@ const BEGINNINGS: [&[u8]; 16] = [
     b"POST /w/abused HTTP/1.1\r\nhost: app.test\r\ncontent-length: 900000\r\n\r\nonly this",
     b"POST /w/abused HTTP/1.1\r\nhost: app.test\r\ntransfer-encoding: chunked\r\n\r\n40\r\nhalf",
     b"POST /w/abused HTTP/1.1\r\nhost: app.test\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
-    b"POST /w/abused HTTP/1.1\r\nhost: app.test\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /smuggled HTTP/1.1\r\n\r\n",
+    b"POST /nothing HTTP/1.1\r\nhost: app.test\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /smuggled HTTP/1.1\r\n\r\n",
     b"GET /w/x HTTP/1.1\r\nhost: app.test\r\nhost: other.test\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",

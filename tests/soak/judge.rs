@@ -314,7 +314,11 @@ impl Judge {
     pub(crate) fn compare(&self, ids: &Ids, counted_lost: f64) {
         let mut book = self.book();
         for (id, count) in ids {
-            if count != 1 {
+            if id == crate::abuse::NEVER {
+                book.breach(format!(
+                    "{count} writes that were broken off ran as if they were whole"
+                ));
+            } else if count != 1 {
                 book.breach(format!("write {id} was executed {count} times"));
             }
         }

@@ -232,6 +232,16 @@ fn soak(
     }
     let (table, is_fine) = judge.verdict();
     println!("\n{table}");
+    if !is_fine {
+        println!("rows of broken writes: {:?}", chaos.cluster().rows(abuse::NEVER));
+        for name in ["access.log", "litegate.log"] {
+            let kept =
+                std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("soak-{name}"));
+            if std::fs::copy(chaos.directory().join(name), &kept).is_ok() {
+                println!("kept: {}", kept.display());
+            }
+        }
+    }
     let at_rest: Vec<String> = rests
         .iter()
         .map(|rest| format!("{} MiB/{}", rest.memory / 1024, rest.descriptors))
