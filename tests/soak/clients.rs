@@ -168,7 +168,7 @@ impl Memory {
 async fn session(client: Client, via: Via) {
     let protocol = name(via, ["h1", "h1 tls", "h2c", "h2 tls"]);
     let (mut wire, mut rng) = (Wire::new(&client.doors, via), client.rng());
-    let mut memory = Memory { cookies: client.number % 2 == 0, kept: Vec::new() };
+    let mut memory = Memory { cookies: client.number.is_multiple_of(2), kept: Vec::new() };
     // Its writes that it has to see.
     let mut own: Vec<String> = Vec::new();
     for n in 0.. {
@@ -445,8 +445,8 @@ async fn events(client: Client, via: Via) {
                 asked.node = node(response.headers());
                 match wire.whole(response).await {
                     Ok(answer) => {
-                        let all: String =
-                            (0..n).map(|i| format!("id: {i}\ndata: tick {i}\n\n")).collect();
+                        let tick = |i| format!("id: {i}\ndata: tick {i}\n\n");
+                        let all = (0..n).map(tick).collect::<Vec<_>>().concat();
                         let end = answer.end(200);
                         if end == End::Fine && answer.body != all {
                             End::Wrong(format!("not the {n} events: {:?}", answer.body))

@@ -57,11 +57,11 @@ use crate::{
 };
 
 /// A cycle of load and chaos, at the end of which nobody asks for anything.
-const CYCLE: Duration = Duration::from_secs(60);
+const CYCLE: Duration = Duration::from_mins(1);
 /// A run shorter than this has its faults in a fixed order, once.
-const WHOLE: Duration = Duration::from_secs(180);
+const WHOLE: Duration = Duration::from_mins(3);
 /// Connections to nodes stay for `pool_idle`, 4 s; an ill-behaved client's for `header_read`, 5 s.
-const SETTLE: Duration = Duration::from_secs(60);
+const SETTLE: Duration = Duration::from_mins(1);
 /// Descriptors that come with use and stay: one feed of a node more, a log that is written.
 const SPARE_DESCRIPTORS: usize = 12;
 /// What may be added to resident memory over all cycles but the first.
@@ -73,7 +73,7 @@ struct Wanted {
 }
 
 fn wanted() -> Result<Wanted, String> {
-    let mut wanted = Wanted { length: Duration::from_secs(600), seed: fastrand::u64(..1_000_000) };
+    let mut wanted = Wanted { length: Duration::from_mins(10), seed: fastrand::u64(..1_000_000) };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut number = || {
@@ -181,7 +181,7 @@ fn soak(
             println!(
                 "{:>5} s  {action:?} for {:.1} s: {} requests, {} of them not fine; {} MiB, {} descriptors",
                 at.as_secs(),
-                (started.elapsed() - at).as_secs_f64(),
+                started.elapsed().saturating_sub(at).as_secs_f64(),
                 now.0 - before.0,
                 now.1 - before.1,
                 litegate.memory() / 1024,

@@ -177,13 +177,11 @@ impl Shared {
                 listener = listen(address).ok();
             }
             let accept = async {
-                match &listener {
-                    Some(listener) => listener.accept().await.ok(),
-                    None => {
-                        sleep(Duration::from_millis(100)).await;
-                        None
-                    }
+                if let Some(listener) = &listener {
+                    return listener.accept().await.ok();
                 }
+                sleep(Duration::from_millis(100)).await;
+                None
             };
             tokio::select! {
                 changed = way.changed() => if changed.is_err() { return },

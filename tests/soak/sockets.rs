@@ -99,11 +99,11 @@ impl Socket {
         match payload.len() {
             n @ ..126 => frame.push(0x80 | n as u8),
             n @ ..65_536 => {
-                frame.push(0x80 | 126);
+                frame.push(0xfe);
                 frame.extend_from_slice(&(n as u16).to_be_bytes());
             }
             n => {
-                frame.push(0x80 | 127);
+                frame.push(0xff);
                 frame.extend_from_slice(&(n as u64).to_be_bytes());
             }
         }

@@ -170,10 +170,8 @@ impl Wire {
         self.ready().await?;
         self.used += 1;
         let scheme = if self.via.is_tls() { "https" } else { "http" };
-        let uri = match self.via.is_h2() {
-            true => format!("{scheme}://{host}{target}"),
-            false => target.to_owned(),
-        };
+        let uri =
+            if self.via.is_h2() { format!("{scheme}://{host}{target}") } else { target.to_owned() };
         let mut request = Request::builder().method(method).uri(uri);
         if !self.via.is_h2() {
             request = request.header("host", host);
