@@ -18,6 +18,10 @@ pub(crate) const HOLD: Duration = Duration::from_secs(50);
 /// How long before a primary was lost what it had acknowledged may not have left it yet.
 const TAIL: Duration = Duration::from_secs(20);
 
+/// How long after a primary's end its WebSockets may be told: `timeouts.tunnel_close`, and a machine
+/// with other things to do.
+const CLOSING: Duration = Duration::from_secs(10);
+
 /// So many failures are described; all are counted.
 const DESCRIBED: usize = 40;
 
@@ -277,9 +281,10 @@ impl Judge {
     pub(crate) fn close(&self) {
         let mut book = self.book();
         for (asked, end) in std::mem::take(&mut book.open) {
+            let later = if end == End::Closed(1012) { CLOSING } else { Duration::ZERO };
             let explains = |fault: &&Fault| {
                 let overlaps = fault.from <= asked.ended
-                    && fault.until.is_none_or(|until| until >= asked.began);
+                    && fault.until.is_none_or(|until| until + later >= asked.began);
                 overlaps && permits(fault, &asked, &end)
             };
             let fault = book.faults.iter().find(explains).map(|fault| fault.kind);
