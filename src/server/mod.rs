@@ -24,6 +24,7 @@ mod io;
 pub mod listener;
 mod paced;
 mod streams;
+mod tasks;
 pub mod tls;
 
 pub use crate::net::proxy_protocol::ProxyProtocol;

@@ -22,7 +22,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::conn::Conn;
 
 /// Interim answers to one request. More are dropped: no window bounds what waits of them.
-pub(super) const INTERIM: usize = 8;
+const INTERIM: usize = 8;
 /// Fields in an interim answer; one with more is dropped.
 const FIELDS: usize = 64;
 
@@ -93,21 +93,26 @@ pub(super) async fn answered<F: Future>(
             return Poll::Ready(None);
         }
         let polled = answer.as_mut().poll(cx);
-        while conn.has_interim() {
-            let interim = interim(&conn.take_interim());
-            if let Some(interim) = interim.filter(|_| sent < INTERIM) {
-                sent += 1;
-                // Where the stream is gone, the answer will find that out too.
-                let _ = reply.send_informational(interim);
-            }
-        }
+        // Where the stream is gone, the answer will find that out too.
+        pass_interim(conn, &mut sent, |interim| drop(reply.send_informational(interim)));
         polled.map(Some)
     })
     .await
 }
 
+/// Passes on the interim answers that wait, if so many were not `sent` before.
+pub(super) fn pass_interim(conn: &Conn, sent: &mut usize, mut send: impl FnMut(Response<()>)) {
+    while conn.has_interim() {
+        let interim = interim(&conn.take_interim());
+        if let Some(interim) = interim.filter(|_| *sent < INTERIM) {
+            *sent += 1;
+            send(interim);
+        }
+    }
+}
+
 /// An interim answer as a node sent it, and as HTTP/2 has it.
-pub(super) fn interim(head: &[u8]) -> Option<Response<()>> {
+fn interim(head: &[u8]) -> Option<Response<()>> {
     let mut fields = [httparse::EMPTY_HEADER; FIELDS];
     let mut parsed = httparse::Response::new(&mut fields);
     parsed.parse(head).ok().filter(httparse::Status::is_complete)?;
@@ -136,14 +141,8 @@ pub(super) fn strip(head: &mut HeaderMap) {
     }
 }
 
-/// Sends an answer's head. `None`: the stream is gone.
-pub(super) fn send_head(
-    reply: &mut SendResponse<Bytes>,
-    mut head: Response<()>,
-    length: Option<u64>,
-    ends: bool,
-) -> Option<SendStream<Bytes>> {
-    let fields = head.headers_mut();
+/// Makes an answer's head one of HTTP/2 or HTTP/3, with its date, and its length if that is known.
+pub(super) fn complete(fields: &mut HeaderMap, length: Option<u64>) {
     strip(fields);
     // RFC 9110 section 6.6.1: whoever gets a message without one notes when it came.
     if !fields.contains_key(header::DATE)
@@ -154,6 +153,16 @@ pub(super) fn send_head(
     if let Some(length) = length.filter(|_| !fields.contains_key(header::CONTENT_LENGTH)) {
         fields.insert(header::CONTENT_LENGTH, length.into());
     }
+}
+
+/// Sends an answer's head. `None`: the stream is gone.
+pub(super) fn send_head(
+    reply: &mut SendResponse<Bytes>,
+    mut head: Response<()>,
+    length: Option<u64>,
+    ends: bool,
+) -> Option<SendStream<Bytes>> {
+    complete(head.headers_mut(), length);
     let sent = reply.send_response(head, ends);
     if sent.is_err() {
         reply.send_reset(Reason::INTERNAL_ERROR);

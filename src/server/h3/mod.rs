@@ -14,7 +14,7 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    task::Poll,
+    task::{Poll, ready},
 };
 
 use bytes::{Buf as _, Bytes, BytesMut};
@@ -37,7 +37,7 @@ use super::{
     conn::TICK,
     drain,
     frames::{Flood, Frames},
-    h2::{GOING, Shared, StreamBody, Unanswered},
+    tasks::{Clock, GOING, Shared, StreamBody, Unanswered},
 };
 use crate::net::Stream;
 
@@ -203,9 +203,8 @@ async fn serve_connection<S: Service + 'static>(
 
     let mut requests = pin!(connection.accept_bi());
     let mut others = pin!(connection.accept_uni());
-    let mut timer = pin!(sleep_until(began + TICK));
-    // When the connection itself is looked at.
-    let mut second = began + TICK;
+    let timer = pin!(sleep_until(began + TICK));
+    let mut clock = Clock::new(timer);
     let mut drained = pin!(drain.started());
     let mut has_heard = false;
     // Since when the client has been told to go.
@@ -251,22 +250,7 @@ async fn serve_connection<S: Service + 'static>(
                 leave.leaving.notify_one();
                 continue;
             }
-            if let Some(due) = shared.due(timer.deadline()) {
-                timer.as_mut().reset(due);
-            }
-            if timer.as_mut().poll(cx).is_pending() {
-                return Poll::Pending;
-            }
-            let now = Instant::now();
-            let due = tasks.iter().map(|task| task.look(now)).min();
-            let is_early = now < second;
-            if !is_early {
-                second = now + TICK;
-            }
-            timer.as_mut().reset(due.map_or(second, |due| due.min(second)));
-            if is_early {
-                continue;
-            }
+            let Some(now) = ready!(clock.poll(cx, &shared, &tasks)) else { continue };
             // Those of QUIC itself, which quinn answers and counts.
             let all = asked_for_nothing(&connection);
             frames.add(0, all - std::mem::replace(&mut below, all));

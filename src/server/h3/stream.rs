@@ -7,11 +7,11 @@ use std::{
     pin::{Pin, pin},
     sync::{Arc, OnceLock},
     task::{Context, Poll, ready},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use bytes::{Buf as _, Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, Response, header};
+use http::{HeaderMap, Response};
 use http_body::Body;
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
 use tokio::{
@@ -27,7 +27,7 @@ use super::{
 };
 use crate::server::{
     Conn, are_tokens,
-    streams::{INTERIM, interim, strip},
+    streams::{complete, pass_interim, strip},
 };
 
 /// How far behind its head the end of a request without a body may come.
@@ -400,17 +400,7 @@ impl Reply {
 
     /// Sends an answer's head, as soon as there is room.
     pub(super) fn head(&mut self, mut head: Response<()>, length: Option<u64>) {
-        let fields = head.headers_mut();
-        strip(fields);
-        // RFC 9110 section 6.6.1: whoever gets a message without one notes when it came.
-        if !fields.contains_key(header::DATE)
-            && let Ok(now) = HeaderValue::from_str(&httpdate::fmt_http_date(SystemTime::now()))
-        {
-            fields.insert(header::DATE, now);
-        }
-        if let Some(length) = length.filter(|_| !fields.contains_key(header::CONTENT_LENGTH)) {
-            fields.insert(header::CONTENT_LENGTH, length.into());
-        }
+        complete(head.headers_mut(), length);
         self.push(frames::HEADERS, qpack::response(head.status(), head.headers()).freeze());
     }
 
@@ -429,14 +419,10 @@ impl Reply {
                 return Poll::Ready(None);
             }
             let polled = answer.as_mut().poll(cx);
-            while conn.has_interim() {
-                let interim = interim(&conn.take_interim());
-                if let Some(interim) = interim.filter(|_| sent < INTERIM) {
-                    sent += 1;
-                    let section = qpack::response(interim.status(), interim.headers());
-                    self.push(frames::HEADERS, section.freeze());
-                }
-            }
+            pass_interim(conn, &mut sent, |interim| {
+                let section = qpack::response(interim.status(), interim.headers());
+                self.push(frames::HEADERS, section.freeze());
+            });
             if self.sides.reset.get().is_some() {
                 return Poll::Ready(None);
             }
