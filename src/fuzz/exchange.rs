@@ -328,6 +328,15 @@ mod tests {
         }
     }
 
+    /// Reads so many bytes behind a head, and no more.
+    async fn begin(stream: &mut Stream) -> usize {
+        head(stream).await;
+        let mut some = vec![0; 300_000];
+        stream.read_exact(&mut some).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        some.len()
+    }
+
     async fn node(mut stream: Stream, written: &Cell<usize>) {
         head(&mut stream).await;
         let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n";
@@ -339,11 +348,7 @@ mod tests {
     fn a_client_that_does_not_read_holds_one_read_of_the_node() {
         let client = async |mut stream: Stream| {
             stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
-            head(&mut stream).await;
-            let mut some = vec![0; 300_000];
-            stream.read_exact(&mut some).await.unwrap();
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            some.len()
+            begin(&mut stream).await
         };
         let held = held(node, client, false) - 2 * PIPE;
         assert!((1..=PIECE + SMALL).contains(&held), "{held} bytes");
@@ -372,13 +377,7 @@ mod tests {
             stream.write_all(begin).await.unwrap();
             flood(&mut stream, written).await;
         };
-        let node = async |mut stream: Stream| {
-            head(&mut stream).await;
-            let mut some = vec![0; 300_000];
-            stream.read_exact(&mut some).await.unwrap();
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            some.len()
-        };
+        let node = async |mut stream: Stream| begin(&mut stream).await;
         let held = held(client, node, true) - 2 * PIPE;
         assert!((1..=PIECE + SMALL).contains(&held), "{held} bytes");
     }

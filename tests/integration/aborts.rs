@@ -111,18 +111,24 @@ pub(crate) async fn heard(node: &mut mpsc::Receiver<Saw>, within: Duration, what
     heard.unwrap_or_else(|_| panic!("not in time: {what}")).expect("the node is there")
 }
 
+/// Litegate before this node, which speaks so.
+async fn before(node: SocketAddr, protocol: &str) -> Gate {
+    let text = format!(
+        "[server]\nworkers = 1\n[[listener]]\naddress = \"127.0.0.1:0\"\n[admin]\naddress = \
+         \"127.0.0.1:0\"\n[access_log]\nformat = \"off\"\n[cluster.app]\nport = 1\nupstream = {{ \
+         protocol = \"{protocol}\" }}\nmembers = {{ type = \"static\", nodes = [{{ name = \"a\", \
+         address = \"{node}\" }}] }}\nprimary = {{ type = \"instance\", name = \"a\" }}\n"
+    );
+    let gate = Gate::before(Cluster::empty(), &text);
+    gate.until(|topology| topology.primary.is_some()).await;
+    gate
+}
+
 #[tokio::test]
 async fn an_abort_reaches_the_node_and_frees_everything() {
     for protocol in ["http/1.1", "h2"] {
         let (address, mut node) = node().await;
-        let text = format!(
-            "[server]\nworkers = 1\n[[listener]]\naddress = \"127.0.0.1:0\"\n[admin]\naddress = \
-             \"127.0.0.1:0\"\n[access_log]\nformat = \"off\"\n[cluster.app]\nport = 1\nupstream = {{ \
-             protocol = \"{protocol}\" }}\nmembers = {{ type = \"static\", nodes = [{{ name = \"a\", \
-             address = \"{address}\" }}] }}\nprimary = {{ type = \"instance\", name = \"a\" }}\n"
-        );
-        let gate = Gate::before(Cluster::empty(), &text);
-        gate.until(|topology| topology.primary.is_some()).await;
+        let gate = before(address, protocol).await;
         for client in [Client::Http1, Client::Reset, Client::Gone] {
             for (method, path) in [("GET", "/wait"), ("GET", "/stream"), ("POST", "/upload")] {
                 let what = format!("{client:?} {path} {protocol}");
@@ -148,14 +154,7 @@ async fn an_abort_reaches_the_node_and_frees_everything() {
 #[tokio::test]
 async fn events_that_wait_for_slow_clients_end_nobody_s_stream() {
     let (address, mut node) = node().await;
-    let text = format!(
-        "[server]\nworkers = 1\n[[listener]]\naddress = \"127.0.0.1:0\"\n[admin]\naddress = \
-         \"127.0.0.1:0\"\n[access_log]\nformat = \"off\"\n[cluster.app]\nport = 1\nupstream = {{ \
-         protocol = \"h2\" }}\nmembers = {{ type = \"static\", nodes = [{{ name = \"a\", address = \
-         \"{address}\" }}] }}\nprimary = {{ type = \"instance\", name = \"a\" }}\n"
-    );
-    let gate = Gate::before(Cluster::empty(), &text);
-    gate.until(|topology| topology.primary.is_some()).await;
+    let gate = before(address, "h2").await;
     let mut clients = Vec::new();
     for _ in 0..4 {
         let mut client = TcpStream::connect(gate.address()).await.expect("it listens");
