@@ -183,13 +183,7 @@ async fn session(client: Client, via: Via) {
         let carried = memory.field();
         let fields: Vec<_> = carried.iter().map(|(name, value)| (*name, value.as_str())).collect();
         let mut asked = client.asked(protocol, Class::Write, format!("POST {id}"));
-        let answer = match wire.send("POST", "app.test", &target, &fields, bytes(body)).await {
-            Ok(response) => {
-                asked.node = node(response.headers());
-                wire.whole(response).await
-            }
-            Err(end) => Err(end),
-        };
+        let answer = wire.ask(&mut asked, "POST", &target, &fields, bytes(body)).await;
         let end = match answer {
             Ok(answer) => {
                 memory.learn(&answer.head);
@@ -231,13 +225,7 @@ async fn session(client: Client, via: Via) {
                 carried.iter().map(|(name, value)| (*name, value.as_str())).collect();
             let target = format!("/w/{id}");
             let mut asked = client.asked(protocol, Class::OwnRead, format!("GET {id}"));
-            let answer = match wire.send("GET", "app.test", &target, &fields, nothing()).await {
-                Ok(response) => {
-                    asked.node = node(response.headers());
-                    wire.whole(response).await
-                }
-                Err(end) => Err(end),
-            };
+            let answer = wire.ask(&mut asked, "GET", &target, &fields, nothing()).await;
             let end = match answer {
                 Ok(answer) => {
                     memory.learn(&answer.head);
@@ -278,14 +266,7 @@ async fn reader(client: Client, via: Via) {
         let nonce = format!("{:x}", rng.u64(..));
         let mut asked = client.asked(protocol, Class::Read, "GET /whoami".to_owned());
         let answer =
-            match wire.send("GET", "app.test", &target, &[("soak-nonce", &nonce)], nothing()).await
-            {
-                Ok(response) => {
-                    asked.node = node(response.headers());
-                    wire.whole(response).await
-                }
-                Err(end) => Err(end),
-            };
+            wire.ask(&mut asked, "GET", &target, &[("soak-nonce", &nonce)], nothing()).await;
         let end = match answer {
             Ok(answer) => {
                 let end = answer.end(200);
@@ -378,13 +359,7 @@ async fn uploads(client: Client, via: Via) {
         let mut asked = client.asked(protocol, Class::Upload, format!("PUT {id} of {size} bytes"));
         let target = format!("/w/{id}");
         let slow = rng.bool();
-        let answer = match wire.send("PUT", "app.test", &target, &[], upload(size, slow)).await {
-            Ok(response) => {
-                asked.node = node(response.headers());
-                wire.whole(response).await
-            }
-            Err(end) => Err(end),
-        };
+        let answer = wire.ask(&mut asked, "PUT", &target, &[], upload(size, slow)).await;
         let end = match answer {
             Ok(answer) => {
                 let end = answer.end(201);
@@ -440,21 +415,15 @@ async fn events(client: Client, via: Via) {
         let n = rng.usize(1..80);
         let mut asked = client.asked(protocol, Class::Read, format!("{n} events"));
         let target = format!("/ticks?n={n}&every=50ms");
-        let end = match wire.send("GET", "app.test", &target, &[], nothing()).await {
-            Ok(response) => {
-                asked.node = node(response.headers());
-                match wire.whole(response).await {
-                    Ok(answer) => {
-                        let tick = |i| format!("id: {i}\ndata: tick {i}\n\n");
-                        let all = (0..n).map(tick).collect::<Vec<_>>().concat();
-                        let end = answer.end(200);
-                        if end == End::Fine && answer.body != all {
-                            End::Wrong(format!("not the {n} events: {:?}", answer.body))
-                        } else {
-                            end
-                        }
-                    }
-                    Err(end) => end,
+        let end = match wire.ask(&mut asked, "GET", &target, &[], nothing()).await {
+            Ok(answer) => {
+                let tick = |i| format!("id: {i}\ndata: tick {i}\n\n");
+                let all = (0..n).map(tick).collect::<Vec<_>>().concat();
+                let end = answer.end(200);
+                if end == End::Fine && answer.body != all {
+                    End::Wrong(format!("not the {n} events: {:?}", answer.body))
+                } else {
+                    end
                 }
             }
             Err(end) => end,

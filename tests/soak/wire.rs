@@ -24,7 +24,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use crate::judge::End;
+use crate::judge::{Asked, End};
 
 /// Longer than everything that litegate waits for. Who waits longer has been forgotten.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(110);
@@ -199,6 +199,20 @@ impl Wire {
                 Err(End::Wrong(format!("no answer in {:?}", began.elapsed())))
             }
         }
+    }
+
+    /// Sends it, and waits for all of the answer. `asked` learns who that came from.
+    pub(crate) async fn ask(
+        &mut self,
+        asked: &mut Asked,
+        method: &str,
+        target: &str,
+        fields: &[(&str, &str)],
+        body: Body,
+    ) -> Result<Answer, End> {
+        let response = self.send(method, "app.test", target, fields, body).await?;
+        asked.node = node(response.headers());
+        self.whole(response).await
     }
 
     /// The rest of an answer.
