@@ -41,7 +41,7 @@ const STREAM_WINDOW: u32 = 128 << 10;
 /// The windows of all streams come to 13 MiB. But h2 also ends a connection, and every exchange on it,
 /// when frames under 256 bytes that wait lack more than half of this to that size: with 13 MiB two
 /// clients that do not read streams of short events would be enough. With this 20 streams of events of
-/// five bytes may wait, or any number of events of a hundred; it is some 70 MiB of memory at the worst.
+/// five bytes may wait, or any number of events of a hundred.
 const CONNECTION_WINDOW: u32 = 256 << 20;
 /// The most of one request that waits in memory for the node's window.
 const SEND_BUFFER: usize = 64 << 10;
