@@ -46,7 +46,7 @@ pub async fn look(config: &Config, least: Duration, most: Duration) -> Vec<Found
         let cells = Metrics::new().discovery(&cluster.name);
         // What is wrong with its files has been said already.
         let tls = super::open_nodes(cluster).ok().flatten();
-        (discovery::start(cluster, tls, None, hostname.clone(), cells, on_change), silent)
+        (discovery::start(cluster, tls, hostname.clone(), cells, on_change), silent)
     });
     let watched: Vec<_> = watched.collect();
     let mut found = Vec::new();

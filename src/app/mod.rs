@@ -423,7 +423,7 @@ impl Control {
             .clusters
             .iter()
             .zip(nodes)
-            .map(|(cluster, tls)| observe(cluster, tls, None, Arc::clone(&metrics)))
+            .map(|(cluster, tls)| observe(cluster, tls, Arc::clone(&metrics)))
             .collect();
         metrics.ask(standings(&clusters));
         let (confirm, confirmed) = mpsc::channel(COMMANDS);
@@ -723,19 +723,16 @@ impl Control {
         for (cluster, tls) in config.clusters.iter().zip(nodes) {
             let same = before.iter().position(|watched| watched.config.name == cluster.name);
             let watched = match same.map(|index| before.swap_remove(index)) {
-                Some(mut watched) if is_observed_alike(&watched.config, cluster) => {
+                Some(mut watched) => {
+                    if !is_observed_alike(&watched.config, cluster) {
+                        watched.discovery.reconfigure(cluster, tls.clone()).await;
+                    }
                     watched.hold.reconfigure(&cluster.hold);
                     watched.config = cluster.clone();
                     watched.tls = tls;
                     watched
                 }
-                Some(watched) => {
-                    let Watched { discovery, hold, agreement, last_writes, .. } = watched;
-                    let next = observe(cluster, tls, Some(discovery), Arc::clone(&self.metrics));
-                    hold.reconfigure(&cluster.hold);
-                    Watched { hold, agreement, last_writes, ..next }
-                }
-                None => observe(cluster, tls, None, Arc::clone(&self.metrics)),
+                None => observe(cluster, tls, Arc::clone(&self.metrics)),
             };
             self.clusters.push(watched);
         }
@@ -943,7 +940,6 @@ fn is_observed_alike(a: &config::cluster::Cluster, b: &config::cluster::Cluster)
 fn observe(
     cluster: &config::cluster::Cluster,
     tls: Option<Arc<net::tls::Tls>>,
-    former: Option<Discovery>,
     metrics: Arc<Metrics>,
 ) -> Watched {
     let hostname = std::env::var("HOSTNAME").ok().map(Arc::from);
@@ -952,7 +948,7 @@ fn observe(
     let counted = move |change: &topology::Change| metrics.changed(&name, change);
     Watched {
         config: cluster.clone(),
-        discovery: discovery::start(cluster, tls.clone(), former, hostname, cells, counted),
+        discovery: discovery::start(cluster, tls.clone(), hostname, cells, counted),
         hold: Hold::new(&cluster.hold),
         agreement: Agreement::default(),
         last_writes: Arc::default(),

@@ -151,6 +151,25 @@ pub enum RoleSource {
     },
 }
 
+impl RoleSource {
+    /// Whether an answer to this one answers the other as well: how often they ask is no part of
+    /// the question.
+    pub fn asks_the_same_as(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Litefs { port, .. }, Self::Litefs { port: theirs, .. }) => port == theirs,
+            (
+                Self::Http { path, port, .. },
+                Self::Http { path: their_path, port: their_port, .. },
+            ) => (path, port) == (their_path, their_port),
+            (
+                Self::File { path, instance, .. },
+                Self::File { path: their_path, instance: theirs, .. },
+            ) => (path, instance) == (their_path, theirs),
+            _ => self == other,
+        }
+    }
+}
+
 /// Where the lease key is.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Consul {

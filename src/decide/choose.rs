@@ -7,15 +7,17 @@
 //! has one: fresh replicas (those of this zone first, where zones are known), then the primary (where `reads` lets it), then replicas over the soft
 //! lag limit, then nodes of which nothing is known. Ejections are overlooked where they would
 //! leave nobody: a proxy that refuses everything helps nobody. A replica over `max_lag` serves
-//! only while nobody is primary: then nothing newer is being acknowledged anywhere, and the
-//! alternative is no reads at all.
+//! only while nobody is primary, or this read could not even connect to whoever is: then nothing
+//! newer is being acknowledged anywhere, as far as can be seen, and the alternative is no reads at
+//! all.
 
 use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 
 use super::{
-    Class, Demands, History, HoldFor, Problem, Request, Target, Wanted,
+    Class, Demands, Ended, Failure, FailureKind, History, HoldFor, Problem, Request, Target,
+    Wanted,
     balance::{self, Candidate, Load},
 };
 use crate::{
@@ -258,8 +260,9 @@ impl View<'_> {
         let well = |node: &Node| node.is_healthy(self.now);
         let fresh = |node: &Node| node.freshness == Freshness::Fresh;
         let near = |node: &Node| node.freshness != Freshness::TooFar;
+        let cut_off = self.found_nobody_at_the_primary();
         type Tier<'t> = (Why, &'t dyn Fn(&Node) -> bool);
-        let tiers: [Tier<'_>; 9] = [
+        let tiers: [Tier<'_>; 10] = [
             (Why::Local, &|n| {
                 self.rules.prefer == Prefer::Local
                     && n.local
@@ -278,6 +281,7 @@ impl View<'_> {
             (Why::LastResort, &|n| leaderless && replica(n) && well(n)),
             (Why::LastResort, &|n| (replica(n) || unknown(n) || primary_may) && near(n)),
             (Why::LastResort, &|_| leaderless),
+            (Why::LastResort, &|n| cut_off && replica(n) && well(n)),
         ];
         // Nodes that this request has not tried, then, if there is no other, one that it has.
         for again in [false, true] {
@@ -297,6 +301,18 @@ impl View<'_> {
             return Ok(self.primary(Why::Token));
         }
         Err(Problem::NoReader)
+    }
+
+    /// Whether this request could not connect to the primary.
+    fn found_nobody_at_the_primary(&self) -> bool {
+        let is_nobody = |ended: Ended| match ended {
+            Ended::Failed(Failure { kind, .. }) => {
+                matches!(kind, FailureKind::ConnectRefused | FailureKind::ConnectTimeout)
+            }
+            _ => false,
+        };
+        let mut attempts = self.history.attempts.iter();
+        attempts.any(|a| Some(a.node) == self.topology.primary && is_nobody(a.ended))
     }
 
     fn tried(&self, node: &Node) -> bool {
@@ -327,7 +343,7 @@ mod tests {
     use super::*;
     use crate::{
         config::cluster::Balance,
-        decide::{Attempt, Because, Cause, Ended, Failure, FailureKind, balance::PeakEwma},
+        decide::{Attempt, Because, Cause, balance::PeakEwma},
     };
 
     const A: NodeId = NodeId(1);
@@ -376,13 +392,12 @@ mod tests {
     }
 
     fn tried(nodes: &[NodeId]) -> History {
-        let failed = Failure { kind: FailureKind::Closed, written: true };
-        let attempt = |node| Attempt {
-            node,
-            role: Role::Replica,
-            cause: Cause::First,
-            ended: Ended::Failed(failed),
-        };
+        failed(nodes, Failure { kind: FailureKind::Closed, written: true })
+    }
+
+    fn failed(nodes: &[NodeId], failure: Failure) -> History {
+        let ended = Ended::Failed(failure);
+        let attempt = |node| Attempt { node, role: Role::Replica, cause: Cause::First, ended };
         History { attempts: nodes.iter().copied().map(attempt).collect(), ..History::default() }
     }
 
@@ -405,6 +420,12 @@ mod tests {
     fn chooses() {
         let stale = |t: &mut Topology, i: usize, f| t.nodes[i].freshness = f;
         let none = History::default();
+        let far_behind = || {
+            with(|t| {
+                stale(t, 1, Freshness::TooFar);
+                stale(t, 2, Freshness::TooFar);
+            })
+        };
         for (case, class, topology, history, reads, want) in [
             (
                 "a write goes to the primary",
@@ -464,10 +485,7 @@ mod tests {
             (
                 "a replica over max_lag serves nothing",
                 Class::Read,
-                with(|t| {
-                    stale(t, 1, Freshness::TooFar);
-                    stale(t, 2, Freshness::TooFar);
-                }),
+                far_behind(),
                 none.clone(),
                 Reads::Replicas,
                 Err(Problem::NoReader),
@@ -496,6 +514,22 @@ mod tests {
                 none.clone(),
                 Reads::PreferReplicas,
                 Ok(Ok((B, Why::LastResort))),
+            ),
+            (
+                "or whoever is said to be can't be connected to",
+                Class::Read,
+                far_behind(),
+                failed(&[A], Failure { kind: FailureKind::ConnectRefused, written: false }),
+                Reads::PreferReplicas,
+                Ok(Ok((B, Why::LastResort))),
+            ),
+            (
+                "but not because its answer broke off",
+                Class::Read,
+                far_behind(),
+                tried(&[A]),
+                Reads::PreferReplicas,
+                Ok(Ok((A, Why::PrimaryReads))),
             ),
             (
                 "the only reader is tried again",

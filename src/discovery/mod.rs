@@ -11,7 +11,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{mpsc, watch as signal},
+    sync::{mpsc, oneshot, watch as signal},
     task::{JoinHandle, JoinSet},
     time::{Instant, sleep_until},
 };
@@ -57,9 +57,29 @@ pub struct Discovery {
     pub reader: watch::Reader,
     /// Tells discovery something.
     pub observer: Observer,
-    /// For whoever goes on in its place.
-    publisher: watch::Publisher,
+    reconfigure: mpsc::Sender<Reconfigure>,
     task: JoinHandle<()>,
+}
+
+/// Another configuration of the same cluster.
+#[derive(Debug)]
+struct Reconfigure {
+    cluster: Cluster,
+    tls: Option<Arc<Tls>>,
+    done: oneshot::Sender<()>,
+}
+
+impl Discovery {
+    /// Goes on by another configuration, with everything that was seen so far. Returns when what
+    /// it says itself (`static` members) is published.
+    pub async fn reconfigure(&self, cluster: &Cluster, tls: Option<Arc<Tls>>) {
+        let (done, is_done) = oneshot::channel();
+        let wish = Reconfigure { cluster: cluster.clone(), tls, done };
+        // The task ends only with `self`.
+        if self.reconfigure.send(wish).await.is_ok() {
+            let _ = is_done.await;
+        }
+    }
 }
 
 impl Drop for Discovery {
@@ -91,19 +111,41 @@ impl Observer {
     }
 }
 
-/// Starts to observe a cluster, on the runtime that this is called on. `former` did it by an earlier
-/// configuration, and ends here: what it believed is where this one begins, and whoever followed
-/// it follows this one. `hostname` is the pod beside us; `cells` is where it is counted; `tls` is how
-/// it is spoken at the port where requests go.
+/// Starts to observe a cluster, on the runtime that this is called on. `hostname` is the pod beside
+/// us; `cells` is where it is counted; `tls` is how it is spoken at the port where requests go.
 pub fn start(
     cluster: &Cluster,
     tls: Option<Arc<Tls>>,
-    former: Option<Discovery>,
     hostname: Option<Arc<str>>,
     cells: Arc<DiscoveryCells>,
     on_change: impl Fn(&Change) + Send + 'static,
 ) -> Discovery {
-    let rules = Rules {
+    let state = State::new(rules(cluster, hostname.as_ref()));
+    let (publisher, reader) = watch::channel(state.topology().clone());
+    let (sender, seen) = mpsc::channel(WAITING);
+    let (reconfigure, wishes) = mpsc::channel(1);
+    let observer = Observer { sender, cells, refresh: Arc::new(signal::Sender::new(())) };
+    let mut folding = Fold {
+        cluster: cluster.clone(),
+        tls,
+        observer: observer.clone(),
+        hostname,
+        state,
+        publisher,
+        on_change,
+        watched: HashMap::new(),
+        sources: JoinSet::new(),
+        acknowledging: None,
+        deposed: Vec::new(),
+        lookups: JoinSet::new(),
+    };
+    folding.list_static();
+    let task = tokio::spawn(folding.run(seen, wishes));
+    Discovery { reader, observer, reconfigure, task }
+}
+
+fn rules(cluster: &Cluster, hostname: Option<&Arc<str>>) -> Rules {
+    Rules {
         max_lag: cluster.max_lag,
         soft_lag: cluster.soft_lag,
         tripwire: cluster.tripwire,
@@ -113,52 +155,32 @@ pub fn start(
             max: cluster.health.eject_longest,
         },
         eject_max: cluster.health.eject_max,
-        local: hostname.clone().filter(|_| cluster.prefer == Prefer::Local),
-    };
-    // It publishes nothing from here on: its task ends where it waits.
-    let former = former.map(|former| former.publisher.clone());
-    let seed = former.as_ref().map(|publisher| Arc::clone(publisher.reader().latest()));
-    let mut state = State::new(rules, seed.as_deref());
-    if let Members::Static(nodes) = &cluster.members {
-        // Known without asking anybody: the first request must not find an empty cluster.
-        let member = |node: &StaticNode| Member {
-            address: node.address,
-            name: Some(Arc::clone(&node.name)),
-            near: node.near,
-        };
-        let saw = Saw::Members(nodes.iter().map(member).collect());
-        let now = Instant::now().into_std();
-        let listed = Observation { saw, source: Source::Members, at: now };
-        for change in state.observe(Some(&listed), now) {
-            record(&cluster.name, &change);
-            on_change(&change);
-        }
+        local: hostname.cloned().filter(|_| cluster.prefer == Prefer::Local),
     }
-    let (publisher, reader) = match former {
-        None => watch::channel(state.topology().clone()),
-        Some(publisher) => {
-            publisher.publish(state.topology().clone());
-            let reader = publisher.reader();
-            (publisher, reader)
-        }
+}
+
+/// Whether what a source said by one configuration holds by another.
+fn stays(source: Source, before: &Cluster, now: &Cluster) -> bool {
+    // Of each type there is one at most.
+    let role = |cluster: &'_ Cluster| {
+        cluster.primary.iter().find(|role| spoken_by(role) == source).cloned()
     };
-    let (sender, seen) = mpsc::channel(WAITING);
-    let observer = Observer { sender, cells, refresh: Arc::new(signal::Sender::new(())) };
-    let folding = Fold {
-        cluster: cluster.clone(),
-        tls,
-        observer: observer.clone(),
-        hostname,
-        state,
-        publisher: publisher.clone(),
-        watched: HashMap::new(),
-        sources: JoinSet::new(),
-        acknowledging: None,
-        deposed: Vec::new(),
-        lookups: JoinSet::new(),
-    };
-    let task = tokio::spawn(folding.run(seen, on_change));
-    Discovery { reader, observer, publisher, task }
+    match (role(before), role(now)) {
+        (Some(before), Some(now)) => before.asks_the_same_as(&now),
+        _ => false,
+    }
+}
+
+/// In whose name a source of the configuration speaks.
+fn spoken_by(source: &RoleSource) -> Source {
+    match source {
+        RoleSource::Litefs { .. } => Source::Litefs,
+        RoleSource::Instance { .. } => Source::Instance,
+        RoleSource::Dns(_) => Source::Dns,
+        RoleSource::Consul(_) => Source::Consul,
+        RoleSource::Http { .. } => Source::Http,
+        RoleSource::File { .. } => Source::File,
+    }
 }
 
 /// Where a member's LiteFS API is. `None` where the cluster has none.
@@ -187,13 +209,14 @@ pub async fn promote(cluster: &Cluster, member: SocketAddr, limit: Duration) -> 
 }
 
 /// The one task that believes.
-struct Fold {
+struct Fold<F> {
     cluster: Cluster,
     tls: Option<Arc<Tls>>,
     observer: Observer,
     hostname: Option<Arc<str>>,
     state: State,
     publisher: watch::Publisher,
+    on_change: F,
     /// The sources of each member: they end with it.
     watched: HashMap<SocketAddr, JoinSet<()>>,
     sources: JoinSet<()>,
@@ -212,11 +235,11 @@ struct Acknowledging {
     progress: Arc<Progress>,
 }
 
-impl Fold {
+impl<F: Fn(&Change)> Fold<F> {
     async fn run(
         mut self,
         mut seen: mpsc::Receiver<Observation>,
-        on_change: impl Fn(&Change) + Send,
+        mut wishes: mpsc::Receiver<Reconfigure>,
     ) {
         self.start_sources();
         self.watch_members();
@@ -224,33 +247,79 @@ impl Fold {
             let never = Instant::now() + Duration::from_hours(1);
             let now = Instant::now().into_std();
             let deadline = self.state.deadline(now).map_or(never, Instant::from_std);
-            let observation = tokio::select! {
+            tokio::select! {
                 observation = seen.recv() => match observation {
-                    Some(observation) => Some(observation),
+                    Some(observation) => self.fold(Some(&observation)),
                     None => return,
                 },
-                () = sleep_until(deadline) => None,
-            };
-            let generation = self.state.topology().generation;
-            let now = Instant::now().into_std();
-            let mut changes = self.state.observe(observation.as_ref(), now);
-            self.count_late(&mut changes);
-            self.count_lost(&mut changes);
-            for change in &changes {
-                record(&self.cluster.name, change);
-                on_change(change);
-            }
-            if let Some(Observation { saw: Saw::Failed { connect: true, .. }, .. }) = observation {
-                self.observer.refresh_members();
-            }
-            if let Some(Observation { saw: Saw::PrimaryHint(name), .. }) = &observation {
-                self.look_up(name);
-            }
-            if self.state.topology().generation != generation {
-                self.watch_members();
-                self.publisher.publish(self.state.topology().clone());
+                wish = wishes.recv() => match wish {
+                    Some(wish) => self.reconfigure(wish, &mut seen),
+                    None => return,
+                },
+                () = sleep_until(deadline) => self.fold(None),
             }
         }
+    }
+
+    /// Takes note of what was seen, or that time has passed.
+    fn fold(&mut self, observation: Option<&Observation>) {
+        self.believe(observation);
+        match observation.map(|observation| &observation.saw) {
+            Some(Saw::Failed { connect: true, .. }) => self.observer.refresh_members(),
+            Some(Saw::PrimaryHint(name)) => self.look_up(name),
+            _ => {}
+        }
+    }
+
+    /// Draws the conclusions, and says and publishes them.
+    fn believe(&mut self, observation: Option<&Observation>) {
+        let generation = self.state.topology().generation;
+        let mut changes = self.state.observe(observation, Instant::now().into_std());
+        self.count_late(&mut changes);
+        self.count_lost(&mut changes);
+        for change in &changes {
+            record(&self.cluster.name, change);
+            (self.on_change)(change);
+        }
+        if self.state.topology().generation != generation {
+            self.watch_members();
+            self.publisher.publish(self.state.topology().clone());
+        }
+    }
+
+    /// Members that are written down are known without asking anybody: the first request must not
+    /// find an empty cluster.
+    fn list_static(&mut self) {
+        let Members::Static(nodes) = &self.cluster.members else { return };
+        let member = |node: &StaticNode| Member {
+            address: node.address,
+            name: Some(Arc::clone(&node.name)),
+            near: node.near,
+        };
+        let saw = Saw::Members(nodes.iter().map(member).collect());
+        let at = Instant::now().into_std();
+        self.believe(Some(&Observation { saw, source: Source::Members, at }));
+    }
+
+    /// Ends all sources and starts those of another configuration.
+    fn reconfigure(&mut self, wish: Reconfigure, seen: &mut mpsc::Receiver<Observation>) {
+        // What they said last is of the configuration by which they asked.
+        for _ in 0..WAITING {
+            let Ok(observation) = seen.try_recv() else { break };
+            self.fold(Some(&observation));
+        }
+        (self.sources, self.lookups) = (JoinSet::new(), JoinSet::new());
+        self.watched.clear();
+        let before = std::mem::replace(&mut self.cluster, wish.cluster);
+        self.tls = wish.tls;
+        let rules = rules(&self.cluster, self.hostname.as_ref());
+        self.state.reconfigure(rules, |source| stays(source, &before, &self.cluster));
+        self.list_static();
+        self.believe(None);
+        self.start_sources();
+        self.watch_members();
+        // Whoever wished it may have gone.
+        let _ = wish.done.send(());
     }
 
     /// What the primary before had acknowledged and the one now does not have.

@@ -184,8 +184,7 @@ pub(super) async fn client_and_node(
 async fn litegate(config: &Arc<Config>, mut connecting: mpsc::Receiver<Socket>) {
     let metrics = Metrics::new();
     let cluster = &config.clusters[0];
-    let discovery =
-        discovery::start(cluster, None, None, None, metrics.discovery(&cluster.name), |_| {});
+    let discovery = discovery::start(cluster, None, None, metrics.discovery(&cluster.name), |_| {});
     let gate = Rc::new(wear(config, &metrics, &discovery));
     let socket = connecting.recv().await.expect("the client connects");
     let (_trigger, drain) = server::drain::signal();

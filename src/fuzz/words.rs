@@ -255,17 +255,14 @@ struct Believing(State);
 impl Believing {
     fn new() -> Self {
         let second = Duration::from_secs(1);
-        let mut state = State::new(
-            Rules {
-                max_lag: 10 * second,
-                soft_lag: second,
-                eject: eject::Rules { after: 5, base: second, max: 60 * second },
-                eject_max: 0.5,
-                local: None,
-                tripwire: 100,
-            },
-            None,
-        );
+        let mut state = State::new(Rules {
+            max_lag: 10 * second,
+            soft_lag: second,
+            eject: eject::Rules { after: 5, base: second, max: 60 * second },
+            eject_max: 0.5,
+            local: None,
+            tripwire: 100,
+        });
         let members = ADDRESSES.iter().zip(["n0", "n1"]);
         let members = members.map(|(address, name)| Member {
             address: *address,

@@ -121,14 +121,8 @@ impl Litegate {
                 changes.lock().unwrap_or_else(PoisonError::into_inner).push(change.clone());
             }
         };
-        let discovery = discovery::start(
-            cluster,
-            None,
-            None,
-            None,
-            metrics.discovery(&cluster.name),
-            on_change,
-        );
+        let discovery =
+            discovery::start(cluster, None, None, metrics.discovery(&cluster.name), on_change);
         let mut tasks = JoinSet::new();
         let reader = match mutation {
             Some(mutation) if mutation.is_of_topology() => {

@@ -74,6 +74,16 @@ pub struct Rules {
     pub tripwire: u64,
 }
 
+impl Rules {
+    fn freshness(&self, lag: Duration) -> Freshness {
+        match lag {
+            lag if lag > self.max_lag => Freshness::TooFar,
+            lag if lag > self.soft_lag => Freshness::Behind,
+            _ => Freshness::Fresh,
+        }
+    }
+}
+
 /// Everything known of one cluster.
 #[derive(Clone, Debug)]
 pub struct State {
@@ -183,10 +193,10 @@ enum Named {
 const NAMERS: [Source; 3] = [Source::File, Source::Dns, Source::Instance];
 
 impl State {
-    /// Nothing is known. `seed`: what an earlier configuration believed, so that a reload does
-    /// not begin in the dark.
-    pub fn new(rules: Rules, seed: Option<&Topology>) -> Self {
-        let mut state = Self {
+    /// Nothing is known.
+    pub fn new(rules: Rules) -> Self {
+        let bell = Arc::<Bell>::default();
+        Self {
             rules,
             nodes: BTreeMap::new(),
             next_id: 0,
@@ -198,27 +208,39 @@ impl State {
             seen: None,
             confirmed: None,
             seeded: None,
-            believed: Topology::default(),
+            believed: Topology { bell: Arc::clone(&bell), ..Topology::default() },
             gap_since: None,
             gap_from: None,
             resolved: false,
             stale: false,
-            bell: seed.map_or_else(Arc::default, |seed| Arc::clone(&seed.bell)),
-        };
-        state.believed.bell = Arc::clone(&state.bell);
-        if let Some(seed) = seed {
-            state.next_id = seed.nodes.iter().map(|node| node.id.0 + 1).max().unwrap_or(0);
-            for node in &seed.nodes {
-                state.nodes.insert(node.address, Known::new(node.clone(), true));
-            }
-            state.seeded = seed.primary;
-            let positions = seed.primary().map(|node| node.progress.snapshot());
-            state.seen = positions.filter(|known| known.incarnation.is_some());
-            state.resolved = seed.resolved;
-            state.cluster.clone_from(&seed.cluster_id);
-            state.believed = seed.clone();
+            bell,
         }
-        state
+    }
+
+    /// Goes on by another configuration, in which the sources for which `stays` holds mean what
+    /// they meant before. What the others said counts no more, but who is primary by it stays so
+    /// until somebody knows better: a reload must not begin in the dark.
+    pub fn reconfigure(&mut self, rules: Rules, stays: impl Fn(Source) -> bool) {
+        self.rules = rules;
+        let mut forgets = self.lease.take_if(|_| !stays(Source::Consul)).is_some();
+        for (named, source) in self.named.iter_mut().zip(NAMERS) {
+            forgets |= named.take_if(|_| !stays(source)).is_some();
+        }
+        for known in self.nodes.values_mut() {
+            let before = known.words.len();
+            known.words.retain(|word| stays(word.source));
+            forgets |= known.words.len() < before;
+            if known.words.is_empty() {
+                (known.claims, known.claimed_at, known.names) = (None, None, None);
+            }
+            known.node.local = self.rules.local.as_ref() == Some(&known.node.name);
+            if let Some(lag) = known.node.lag {
+                known.node.freshness = self.rules.freshness(lag);
+            }
+        }
+        if forgets {
+            self.seeded = self.believed.primary;
+        }
     }
 
     /// What is believed now.
@@ -478,13 +500,8 @@ impl State {
     }
 
     fn lag(&mut self, address: SocketAddr, lag: Duration, changes: &mut Vec<Change>) {
-        let rules = &self.rules;
+        let freshness = self.rules.freshness(lag);
         let Some(known) = self.nodes.get_mut(&address) else { return };
-        let freshness = match lag {
-            lag if lag > rules.max_lag => Freshness::TooFar,
-            lag if lag > rules.soft_lag => Freshness::Behind,
-            _ => Freshness::Fresh,
-        };
         known.node.lag = Some(lag);
         if known.node.freshness != freshness {
             known.node.freshness = freshness;
@@ -902,7 +919,7 @@ mod tests {
 
     impl Cluster {
         fn of(n: u8) -> Self {
-            let state = State::new(rules(), None);
+            let state = State::new(rules());
             let mut cluster = Self { state, now: Instant::now(), changes: Vec::new() };
             cluster.see(Saw::Members((1..=n).map(member).collect()));
             cluster
@@ -1381,13 +1398,13 @@ mod tests {
     }
 
     #[test]
-    fn a_reload_goes_on_with_who_was_primary_until_somebody_knows() {
-        let mut cluster = Cluster::of(2);
-        cluster.says(1, true, 1);
-        let seed = cluster.state.topology().clone();
+    fn a_reload_that_asks_others_goes_on_with_who_was_primary_until_somebody_knows() {
         let again = || {
             let mut cluster = Cluster::of(2);
-            cluster.state = State::new(rules(), Some(&seed));
+            cluster.says(1, true, 1);
+            cluster.state.reconfigure(rules(), |_| false);
+            cluster.pass(0);
+            assert_eq!(cluster.primary(), Some("n1"));
             cluster
         };
         let mut cluster = again();
@@ -1401,6 +1418,41 @@ mod tests {
         let mut cluster = again();
         cluster.silent(1);
         assert_eq!(cluster.primary(), None);
+    }
+
+    #[test]
+    fn a_reload_that_asks_the_same_forgets_no_claim_and_no_silence() {
+        let mut cluster = Cluster::of(2);
+        cluster.says(1, true, 1).says(2, false, 2).key(1, 1);
+        let generation = cluster.state.topology().generation;
+        cluster.state.reconfigure(rules(), |_| true);
+        cluster.says(2, false, 2);
+        assert_eq!(cluster.primary(), Some("n1"));
+        assert_eq!(cluster.state.topology().generation, generation, "nothing is news");
+        // A dead primary that the lease key names for some seconds more is none after a reload
+        // either: who takes it for one makes reads fail that a replica could serve.
+        cluster.see(Saw::Silent { address: address(1) }).pass(2);
+        assert_eq!(cluster.primary(), None);
+        cluster.state.reconfigure(rules(), |_| true);
+        cluster.key(1, 1);
+        assert_eq!(cluster.primary(), None);
+        // Without the nodes' own words, the key is believed.
+        cluster.state.reconfigure(rules(), |source| source == Source::Consul);
+        cluster.pass(0);
+        assert_eq!(cluster.primary(), Some("n1"));
+    }
+
+    #[test]
+    fn a_reload_judges_known_lags_by_the_new_limits() {
+        let mut cluster = Cluster::of(2);
+        cluster.says(1, true, 1).says(2, false, 2);
+        cluster.see(Saw::Lag { address: address(2), lag: Duration::from_secs(5) });
+        let freshness = |cluster: &Cluster| cluster.state.topology().named("n2").unwrap().freshness;
+        assert_eq!(freshness(&cluster), Freshness::Behind);
+        let strict = Rules { max_lag: Duration::from_secs(2), ..rules() };
+        cluster.state.reconfigure(strict, |_| true);
+        cluster.pass(0);
+        assert_eq!(freshness(&cluster), Freshness::TooFar);
     }
 
     #[test]
@@ -1577,6 +1629,10 @@ mod tests {
                 let topology = cluster.state.topology();
                 prop_assert!(topology.generation >= generation);
                 generation = topology.generation;
+                cluster.state.reconfigure(rules(), |_| true);
+                cluster.pass(0);
+                let topology = cluster.state.topology();
+                prop_assert_eq!(topology.generation, generation, "who asks the same learns nothing");
                 prop_assert!(!topology.nodes.is_empty());
                 let primaries = topology.nodes.iter().filter(|n| n.role == Role::Primary).count();
                 prop_assert_eq!(primaries, usize::from(topology.primary.is_some()));

@@ -14,20 +14,14 @@ pub fn channel(first: Topology) -> (Publisher, Reader) {
     (Publisher { latest: Arc::clone(&latest), wake }, Reader { cache: Cache::new(latest), woken })
 }
 
-/// The writer: one at a time. Whoever goes on in its place publishes by a clone of it, to the same
-/// readers.
-#[derive(Clone, Debug)]
+/// The writer.
+#[derive(Debug)]
 pub struct Publisher {
     latest: Arc<ArcSwap<Topology>>,
     wake: watch::Sender<u64>,
 }
 
 impl Publisher {
-    /// Another view of what is published here.
-    pub fn reader(&self) -> Reader {
-        Reader { cache: Cache::new(Arc::clone(&self.latest)), woken: self.wake.subscribe() }
-    }
-
     /// Makes `topology` the latest and wakes whoever waits for something newer.
     pub fn publish(&self, topology: Topology) {
         let generation = topology.generation;

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use futures_util::{StreamExt as _, stream};
 use litegate::{
+    config::load,
     testkit::{
         Cluster, Options, client,
         consul::{Behaviour, Consul},
     },
-    topology::{PrimaryGap, Topology},
+    topology::{PrimaryGap, Role, Topology},
 };
 use tokio::time::{Instant, sleep};
 
@@ -46,6 +47,33 @@ async fn eventually<F: Future<Output = bool>>(what: &str, so: impl Fn() -> F) {
         assert!(Instant::now() < deadline, "in time: {what}");
         sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// The key names its holder for some seconds after that has died.
+#[tokio::test]
+async fn a_reload_does_not_bring_a_dead_primary_back() {
+    let consul = Consul::start().await.unwrap();
+    consul.hold("app-0");
+    let sources = |poll: u32| {
+        let litefs = format!(r#"{{ type = "litefs", poll = "{poll}ms" }}"#);
+        format!("primary = [{litefs}, {}]", source(&consul))
+    };
+    let gate = Gate::with(Options::default(), &sources(100)).await;
+    let is_known = |topology: &Topology| topology.nodes.iter().all(|n| n.role != Role::Unknown);
+    gate.until(|topology| is_known(topology) && is_primary("app-0")(topology)).await;
+    gate.cluster.freeze(0, true);
+    gate.until(|topology| topology.primary.is_none()).await;
+    let before = metric(&gate, "litegate_primary_changes_total").await;
+    for n in 1..=20 {
+        let asked = consul.asked();
+        let text = gate::config(&gate.cluster, &sources(100 + n));
+        let config = load::parse("test.toml", &text, []).expect("it is right");
+        gate.running().reload(config).await.expect("it is applied");
+        eventually("the key is read", async || consul.asked() > asked).await;
+        // It comes from a replica, and nobody waits for the dead one to say so.
+        assert_eq!(gate.send("GET", "/whoami", b"").await.status, 200);
+    }
+    assert_eq!(metric(&gate, "litegate_primary_changes_total").await, before);
 }
 
 #[tokio::test]
