@@ -276,8 +276,8 @@ impl Cluster {
         let config = self.write_config(node);
         let log = self.directory.path().join(format!("{}.log", self.name(node)));
         let args = ["mount", "-config", config.to_str().expect("temporary paths are UTF-8")];
-        self.nodes[node].process =
-            Some(Process::start(self.name(node), &component("litefs"), &args, &log));
+        let process = Process::start(self.name(node), &component("litefs"), &args, &log);
+        self.nodes[node].process = Some(process.serving(&self.nodes[node].mount));
     }
 
     /// Waits until this node's app answers through LiteFS's proxy and has the database.
