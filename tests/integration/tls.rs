@@ -242,6 +242,7 @@ async fn an_upgrade_below_tls_becomes_a_tunnel_and_ends_properly() {
     }
     assert!(head.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&head));
     stream.write_all(&vec![b'x'; 100_000]).await.expect("the tunnel carries");
+    stream.flush().await.expect("all of it");
     let mut back = vec![0; 100_000];
     timeout(SOON, stream.read_exact(&mut back)).await.expect("in time").expect("and back");
     stream.shutdown().await.expect("half a close");

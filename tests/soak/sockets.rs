@@ -111,7 +111,14 @@ impl Socket {
         frame.extend_from_slice(&mask);
         frame.extend(payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask));
         match &mut self.ends {
-            Ends::H1(stream) => stream.write_all(&frame).await.map_err(|error| error.to_string()),
+            Ends::H1(stream) => {
+                let sent = async {
+                    stream.write_all(&frame).await?;
+                    // Without it TLS may keep the last of it for the next write, which never comes.
+                    stream.flush().await
+                };
+                sent.await.map_err(|error| error.to_string())
+            }
             Ends::H2(up, ..) => {
                 up.send_data(frame.into(), false).map_err(|error| error.to_string())
             }
@@ -200,6 +207,7 @@ async fn over_h1(mut stream: Box<dyn Stream>, host: &str) -> Result<Socket, End>
     );
     let wrong = |error: std::io::Error| End::Wrong(format!("no answer to an upgrade: {error}"));
     stream.write_all(ask.as_bytes()).await.map_err(wrong)?;
+    stream.flush().await.map_err(wrong)?;
     let mut came = BytesMut::new();
     let end = loop {
         if let Some(at) = came.windows(4).position(|end| end == b"\r\n\r\n") {
