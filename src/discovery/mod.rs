@@ -49,6 +49,8 @@ const LOOKUPS: usize = 16;
 
 /// Earlier primaries that may still be answering.
 const DEPOSED: usize = 4;
+/// For how long they may: what a node answers later, it was not running when it was deposed.
+const LATE: Duration = Duration::from_mins(1);
 
 /// A cluster under observation, until dropped.
 #[derive(Debug)]
@@ -225,7 +227,14 @@ struct Fold<F> {
     /// The primary that acknowledged last.
     acknowledging: Option<Acknowledging>,
     /// Those before it, and what their successors kept; at most [`DEPOSED`].
-    deposed: Vec<(Acknowledging, Kept)>,
+    deposed: Vec<Deposed>,
+}
+
+/// A primary that has a successor.
+struct Deposed {
+    before: Acknowledging,
+    kept: Kept,
+    since: Instant,
 }
 
 /// A primary, for when it has a successor.
@@ -341,7 +350,9 @@ impl<F: Fn(&Change)> Fold<F> {
             return;
         }
         let Some(kept) = epoch.kept.clone() else { return };
-        self.deposed.extend(self.acknowledging.replace(now).map(|before| (before, kept)));
+        let since = Instant::now();
+        let before = self.acknowledging.replace(now);
+        self.deposed.extend(before.map(|before| Deposed { before, kept, since }));
         let surplus = self.deposed.len().saturating_sub(DEPOSED);
         self.deposed.drain(..surplus);
         self.count_late(changes);
@@ -352,10 +363,11 @@ impl<F: Fn(&Change)> Fold<F> {
     fn count_late(&mut self, changes: &mut Vec<Change>) {
         let primary = self.state.topology().primary().map(|node| Arc::clone(&node.progress));
         // What it acknowledges as primary again is of another history.
-        self.deposed.retain(|(before, _)| {
+        self.deposed.retain(|Deposed { before, since, .. }| {
             primary.as_ref().is_none_or(|primary| !Arc::ptr_eq(primary, &before.progress))
+                && since.elapsed() < LATE
         });
-        for (before, kept) in &self.deposed {
+        for Deposed { before, kept, .. } in &self.deposed {
             let writes = before.progress.lost(kept);
             if writes > 0 {
                 changes.push(Change::WritesLost { from: Arc::clone(&before.name), writes });
