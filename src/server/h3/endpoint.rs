@@ -50,7 +50,8 @@ const INCOMING_BYTES: u64 = 16 << 10;
 /// How long the last words may take.
 const LAST_WORDS: Duration = Duration::from_millis(100);
 
-fn transport(limits: &Limits) -> TransportConfig {
+/// What a client's connection may hold.
+pub(crate) fn transport(limits: &Limits) -> TransportConfig {
     let streams = u32::try_from(limits.streams).unwrap_or(u32::MAX);
     let mut transport = TransportConfig::default();
     transport

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 
 /// An error as it goes over the wire (RFC 9114 section 8.1, RFC 9204 section 6).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u32)]
-pub(super) enum Code {
+pub(crate) enum Code {
     /// `H3_NO_ERROR`
     NoError = 0x100,
     /// `H3_INTERNAL_ERROR`
@@ -46,22 +46,22 @@ impl From<Code> for quinn::VarInt {
     }
 }
 
-pub(super) const DATA: u64 = 0;
-pub(super) const HEADERS: u64 = 1;
-pub(super) const CANCEL_PUSH: u64 = 3;
-pub(super) const SETTINGS: u64 = 4;
-pub(super) const PUSH_PROMISE: u64 = 5;
-pub(super) const GOAWAY: u64 = 7;
-pub(super) const MAX_PUSH_ID: u64 = 0xd;
+pub(crate) const DATA: u64 = 0;
+pub(crate) const HEADERS: u64 = 1;
+pub(crate) const CANCEL_PUSH: u64 = 3;
+pub(crate) const SETTINGS: u64 = 4;
+pub(crate) const PUSH_PROMISE: u64 = 5;
+pub(crate) const GOAWAY: u64 = 7;
+pub(crate) const MAX_PUSH_ID: u64 = 0xd;
 
 /// Frame types that HTTP/2 has and HTTP/3 must not (RFC 9114 section 7.2.8).
-pub(super) fn is_of_http2(kind: u64) -> bool {
+pub(crate) fn is_of_http2(kind: u64) -> bool {
     matches!(kind, 2 | 6 | 8 | 9)
 }
 
 /// A variable-length integer (RFC 9000 section 16), which may come in pieces.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Integer {
+pub(crate) struct Integer {
     value: u64,
     /// Of its bytes, how many are still to come. Zero: it has not begun.
     missing: u8,
@@ -69,7 +69,7 @@ pub(super) struct Integer {
 
 impl Integer {
     /// Takes the next byte. The integer, once it is whole.
-    pub(super) fn push(&mut self, byte: u8) -> Option<u64> {
+    pub(crate) fn push(&mut self, byte: u8) -> Option<u64> {
         if self.missing == 0 {
             self.value = u64::from(byte & 0x3f);
             self.missing = 1 << (byte >> 6);
@@ -81,12 +81,12 @@ impl Integer {
     }
 
     /// Whether some of it came.
-    pub(super) fn has_begun(self) -> bool {
+    pub(crate) fn has_begun(self) -> bool {
         self.missing > 0
     }
 
     /// Takes it from the front of `bytes`. `None`: there is not enough.
-    pub(super) fn take(bytes: &mut &[u8]) -> Option<u64> {
+    pub(crate) fn take(bytes: &mut &[u8]) -> Option<u64> {
         let mut integer = Self::default();
         loop {
             let (byte, rest) = bytes.split_first()?;
@@ -99,7 +99,7 @@ impl Integer {
 }
 
 /// Writes one, which has to be below 2^62.
-pub(super) fn put_integer(into: &mut BytesMut, value: u64) {
+pub(crate) fn put_integer(into: &mut BytesMut, value: u64) {
     let [.., a, b] = value.to_be_bytes();
     match value {
         0..0x40 => into.put_u8(b),
@@ -110,21 +110,21 @@ pub(super) fn put_integer(into: &mut BytesMut, value: u64) {
 }
 
 /// Writes what stands before a frame's payload.
-pub(super) fn put_frame_head(into: &mut BytesMut, kind: u64, length: usize) {
+pub(crate) fn put_frame_head(into: &mut BytesMut, kind: u64, length: usize) {
     put_integer(into, kind);
     put_integer(into, length as u64);
 }
 
 /// A frame's head, which may come in pieces.
 #[derive(Debug, Default)]
-pub(super) struct FrameHead {
+pub(crate) struct FrameHead {
     kind: Option<u64>,
     integer: Integer,
 }
 
 impl FrameHead {
     /// Takes the next byte. The type and length, once they are whole.
-    pub(super) fn push(&mut self, byte: u8) -> Option<(u64, u64)> {
+    pub(crate) fn push(&mut self, byte: u8) -> Option<(u64, u64)> {
         let whole = self.integer.push(byte)?;
         match self.kind.take() {
             None => {
@@ -136,13 +136,13 @@ impl FrameHead {
     }
 
     /// Whether some of it came.
-    pub(super) fn has_begun(&self) -> bool {
+    pub(crate) fn has_begun(&self) -> bool {
         self.kind.is_some() || self.integer.has_begun()
     }
 }
 
 /// What a server says first: the head of its control stream.
-pub(super) fn greeting(section_bytes: usize) -> Bytes {
+pub(crate) fn greeting(section_bytes: usize) -> Bytes {
     const CONTROL: u64 = 0;
     const MAX_FIELD_SECTION_SIZE: u64 = 6;
     const ENABLE_CONNECT_PROTOCOL: u64 = 8;
@@ -162,7 +162,7 @@ pub(super) fn greeting(section_bytes: usize) -> Bytes {
 }
 
 /// From this request on nothing is answered.
-pub(super) fn goaway(id: u64) -> Bytes {
+pub(crate) fn goaway(id: u64) -> Bytes {
     let mut payload = BytesMut::new();
     put_integer(&mut payload, id);
     let mut frame = BytesMut::new();
@@ -172,25 +172,30 @@ pub(super) fn goaway(id: u64) -> Bytes {
 }
 
 /// The id that says that nothing is refused yet (RFC 9114 section 5.2).
-pub(super) const NOTHING_YET: u64 = (1 << 62) - 4;
+pub(crate) const NOTHING_YET: u64 = (1 << 62) - 4;
 
 /// How long after that the true one follows: what was sent before the first came has arrived then.
-pub(super) fn grace(round_trip: Duration) -> Duration {
+pub(crate) fn grace(round_trip: Duration) -> Duration {
     (round_trip * 2).clamp(Duration::from_millis(100), Duration::from_secs(1))
 }
 
 /// What a client says of itself on its control stream.
 #[derive(Debug, Default)]
-pub(super) struct Control {
+pub(crate) struct Control {
     settled: bool,
     most_pushes: u64,
     /// Of the last `GOAWAY`.
     last_push: Option<u64>,
+    head: FrameHead,
+    /// The frame that is being read, and how much of its payload is to come.
+    frame: Option<(u64, Expected, u64)>,
+    /// What came of it, if it is wanted.
+    payload: BytesMut,
 }
 
 /// What is to be done with a frame of the control stream.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Expected {
+enum Expected {
     /// Its payload is wanted, all of it.
     Payload,
     /// It is skipped.
@@ -198,11 +203,49 @@ pub(super) enum Expected {
 }
 
 /// The longest payload of a frame that is read as a whole.
-pub(super) const PAYLOAD: u64 = 4096;
+pub(crate) const PAYLOAD: u64 = 4096;
 
 impl Control {
+    /// More came of the stream, in whatever pieces. Tells `came` of each frame that begins.
+    pub(crate) fn hear(&mut self, mut said: &[u8], mut came: impl FnMut()) -> Result<(), Code> {
+        loop {
+            let Some((kind, expected, left)) = self.frame else {
+                if said.is_empty() {
+                    return Ok(());
+                }
+                if let Some((kind, length)) = self.head.push(said.get_u8()) {
+                    self.frame = Some((kind, self.begins(kind, length)?, length));
+                    came();
+                }
+                continue;
+            };
+            let most = usize::try_from(left).unwrap_or(usize::MAX).min(said.len());
+            let (part, rest) = said.split_at(most);
+            said = rest;
+            if expected == Expected::Payload {
+                self.payload.extend_from_slice(part);
+            }
+            let left = left - part.len() as u64;
+            if left > 0 {
+                self.frame = Some((kind, expected, left));
+                return Ok(());
+            }
+            self.frame = None;
+            if expected == Expected::Payload {
+                let payload = self.payload.split();
+                self.payload(kind, &payload)?;
+            }
+        }
+    }
+
+    /// How much is kept of a frame that is not whole.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn kept(&self) -> usize {
+        self.payload.len()
+    }
+
     /// A frame begins.
-    pub(super) fn begins(&self, kind: u64, length: u64) -> Result<Expected, Code> {
+    fn begins(&self, kind: u64, length: u64) -> Result<Expected, Code> {
         if !self.settled && kind != SETTINGS {
             return Err(Code::MissingSettings);
         }
@@ -220,7 +263,7 @@ impl Control {
     }
 
     /// A wanted payload is there.
-    pub(super) fn payload(&mut self, kind: u64, mut payload: &[u8]) -> Result<(), Code> {
+    fn payload(&mut self, kind: u64, mut payload: &[u8]) -> Result<(), Code> {
         if kind == SETTINGS {
             self.settled = true;
             return settings(payload);
@@ -242,6 +285,13 @@ impl Control {
             }
         }
     }
+}
+
+/// What came of the client's QPACK encoder stream (RFC 9204 section 4.3): of a table that holds
+/// nothing, the capacity may be set to nothing.
+pub(crate) fn hear_encoder(said: &[u8]) -> Result<(), Code> {
+    const NO_CAPACITY: u8 = 0x20;
+    if said.iter().all(|byte| *byte == NO_CAPACITY) { Ok(()) } else { Err(Code::EncoderStream) }
 }
 
 /// RFC 9114 section 7.2.4: what they say may be ignored, but not how.
@@ -288,13 +338,20 @@ mod tests {
     #[test]
     fn a_client_speaks_of_itself_as_it_may() {
         let ask = |frames: &[(u64, &[u8])]| {
-            let mut control = Control::default();
-            frames.iter().try_for_each(|(kind, payload)| {
-                match control.begins(*kind, payload.len() as u64)? {
-                    Expected::Payload => control.payload(*kind, payload),
-                    Expected::Nothing => Ok(()),
-                }
-            })
+            let mut said = BytesMut::new();
+            for (kind, payload) in frames {
+                put_frame_head(&mut said, *kind, payload.len());
+                said.extend_from_slice(payload);
+            }
+            let heard = |size| {
+                let mut control = Control::default();
+                let mut came = 0;
+                let mut pieces = said.chunks(size);
+                (pieces.try_for_each(|piece| control.hear(piece, || came += 1)), came)
+            };
+            let whole = heard(said.len().max(1));
+            assert_eq!(heard(1), whole, "{frames:?}");
+            whole.0
         };
         const NONE: (u64, &[u8]) = (SETTINGS, &[]);
         for (frames, want) in [

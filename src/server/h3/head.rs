@@ -10,7 +10,7 @@ use http::{
 use super::qpack::Field;
 
 /// Why a section is no request: words that hold nothing of the client's.
-pub(super) type Malformed = &'static str;
+pub(crate) type Malformed = &'static str;
 
 /// The pseudo fields, each once at most.
 #[derive(Default)]
@@ -23,7 +23,7 @@ struct Pseudo {
 }
 
 /// Makes a request of a section.
-pub(super) fn request(section: Vec<Field>) -> Result<Request<()>, Malformed> {
+pub(crate) fn request(section: Vec<Field>) -> Result<Request<()>, Malformed> {
     const INVALID: Malformed = "a pseudo-header field with a value that it can't have";
     let mut pseudo = Pseudo::default();
     let mut fields = HeaderMap::with_capacity(section.len());
@@ -97,7 +97,7 @@ pub(super) fn request(section: Vec<Field>) -> Result<Request<()>, Malformed> {
 }
 
 /// Makes trailers of a section.
-pub(super) fn trailers(section: Vec<Field>) -> Result<HeaderMap, Malformed> {
+pub(crate) fn trailers(section: Vec<Field>) -> Result<HeaderMap, Malformed> {
     let mut fields = HeaderMap::with_capacity(section.len());
     for (name, value) in section {
         put(&mut fields, &name, &value)?;

@@ -17,7 +17,7 @@ use std::{
     task::{Poll, ready},
 };
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Buf as _, Bytes};
 use futures_util::stream::FuturesUnordered;
 use http::{Method, Response, StatusCode, header};
 use http_body::Body as _;
@@ -28,7 +28,7 @@ use tokio::{
 };
 
 use self::{
-    frames::{Code, Control, Expected, FrameHead, Integer},
+    frames::{Code, Control, Integer},
     qpack::Most,
     stream::{Receive, Reply, Sides, Tunnel},
 };
@@ -41,11 +41,12 @@ use super::{
 };
 use crate::net::Stream;
 
-mod endpoint;
-mod frames;
-mod head;
+pub(crate) mod endpoint;
+pub(crate) mod frames;
+pub(crate) mod head;
 mod huffman;
-mod qpack;
+pub(crate) mod qpack;
+pub(crate) mod reader;
 mod steer;
 mod stream;
 
@@ -109,7 +110,7 @@ enum Stop {
 }
 
 /// Serves a connection to its end.
-async fn serve_connection<S: Service + 'static>(
+pub(crate) async fn serve_connection<S: Service + 'static>(
     connection: Connection,
     origin: Origin,
     client: &Rc<S::Client>,
@@ -381,17 +382,18 @@ async fn listen(mut stream: RecvStream, link: Arc<Link>, critical: Rc<Critical>)
     const PUSH: u64 = 1;
     const ENCODER: u64 = 2;
     const DECODER: u64 = 3;
-    let mut said = Said { stream: &mut stream, chunk: Bytes::new() };
+    let mut said = Bytes::new();
     let mut kind = Integer::default();
     let kind = loop {
-        match said.byte().await {
-            // Section 6.2: it may end before it says what it is.
-            None => return,
-            Some(byte) => {
-                if let Some(kind) = kind.push(byte) {
-                    break kind;
-                }
+        while said.is_empty() {
+            match more(&mut stream).await {
+                Some(bytes) => said = bytes,
+                // Section 6.2: it may end before it says what it is.
+                None => return,
             }
+        }
+        if let Some(kind) = kind.push(said.get_u8()) {
+            break kind;
         }
     };
     let seen = match kind {
@@ -408,79 +410,25 @@ async fn listen(mut stream: RecvStream, link: Arc<Link>, critical: Rc<Critical>)
     if seen.replace(true) {
         return link.fail(Code::StreamCreation, "a second stream of a kind that is unique");
     }
-    let ended = match kind {
-        CONTROL => hear_control(&mut said, &link).await,
-        ENCODER => hear_encoder(&mut said).await,
-        // What it acknowledges we never refer to.
-        _ => loop {
-            if said.some().await.is_none() {
-                break Ok(());
-            }
-        },
-    };
-    match ended {
-        Err(code) => link.fail(code, "not what belongs on that stream"),
-        Ok(()) => link.fail(Code::ClosedCritical, "a stream ended that may not"),
-    }
-}
-
-/// Bytes of a stream.
-struct Said<'a> {
-    stream: &'a mut RecvStream,
-    chunk: Bytes,
-}
-
-impl Said<'_> {
-    async fn some(&mut self) -> Option<Bytes> {
-        if self.chunk.is_empty() {
-            self.chunk = self.stream.read_chunk(4096, true).await.ok()??.bytes;
-        }
-        Some(std::mem::take(&mut self.chunk))
-    }
-
-    async fn byte(&mut self) -> Option<u8> {
-        let mut chunk = self.some().await?;
-        let byte = chunk.get_u8();
-        self.chunk = chunk;
-        Some(byte)
-    }
-}
-
-/// Until the stream ends, which it may not.
-async fn hear_control(said: &mut Said<'_>, link: &Link) -> Result<(), Code> {
     let mut control = Control::default();
-    let mut head = FrameHead::default();
     loop {
-        let Some(byte) = said.byte().await else { return Ok(()) };
-        let Some((kind, length)) = head.push(byte) else { continue };
-        let expected = control.begins(kind, length)?;
-        link.came(false);
-        let mut payload = BytesMut::new();
-        let mut left = length;
-        while left > 0 {
-            let Some(mut some) = said.some().await else { return Ok(()) };
-            let most = usize::try_from(left).unwrap_or(usize::MAX).min(some.len());
-            let part = some.split_to(most);
-            left -= part.len() as u64;
-            said.chunk = some;
-            if expected == Expected::Payload {
-                payload.extend_from_slice(&part);
-            }
+        let heard = match kind {
+            CONTROL => control.hear(&said, || link.came(false)),
+            ENCODER => frames::hear_encoder(&said),
+            // What it acknowledges we never refer to.
+            _ => Ok(()),
+        };
+        if let Err(code) = heard {
+            return link.fail(code, "not what belongs on that stream");
         }
-        if expected == Expected::Payload {
-            control.payload(kind, &payload)?;
+        match more(&mut stream).await {
+            Some(bytes) => said = bytes,
+            None => return link.fail(Code::ClosedCritical, "a stream ended that may not"),
         }
     }
 }
 
-/// RFC 9204 section 4.3: with a table that holds nothing, its capacity may be set to nothing.
-async fn hear_encoder(said: &mut Said<'_>) -> Result<(), Code> {
-    const NO_CAPACITY: u8 = 0x20;
-    loop {
-        match said.byte().await {
-            None => return Ok(()),
-            Some(NO_CAPACITY) => {}
-            Some(_) => return Err(Code::EncoderStream),
-        }
-    }
+/// What comes next of a stream. `None`: it has ended.
+async fn more(stream: &mut RecvStream) -> Option<Bytes> {
+    Some(stream.read_chunk(4096, true).await.ok()??.bytes)
 }

@@ -12,7 +12,7 @@ const OVERHEAD: usize = 32;
 
 /// Why a section can't be read.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Fault {
+pub(crate) enum Fault {
     /// `QPACK_DECOMPRESSION_FAILED`
     Broken,
     /// Over the limit of bytes or of fields.
@@ -20,18 +20,18 @@ pub(super) enum Fault {
 }
 
 /// A field's name and value.
-pub(super) type Field = (Box<[u8]>, Box<[u8]>);
+pub(crate) type Field = (Box<[u8]>, Box<[u8]>);
 
 /// How much a section may hold.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Most {
+pub(crate) struct Most {
     /// By RFC 9114 section 4.2.2.
-    pub(super) bytes: usize,
-    pub(super) fields: usize,
+    pub(crate) bytes: usize,
+    pub(crate) fields: usize,
 }
 
 /// Reads a section.
-pub(super) fn decode(mut section: &[u8], most: Most) -> Result<Vec<Field>, Fault> {
+pub(crate) fn decode(mut section: &[u8], most: Most) -> Result<Vec<Field>, Fault> {
     // RFC 9204 section 4.5.1: the required insert count is zero; whatever the base is, nothing is
     // relative to it.
     let (_, inserts) = integer(&mut section, 8)?;
@@ -108,7 +108,7 @@ fn string(from: &mut &[u8], prefix: u32) -> Result<Box<[u8]>, Fault> {
 }
 
 /// Writes the section of an answer.
-pub(super) fn response(status: StatusCode, fields: &HeaderMap) -> BytesMut {
+pub(crate) fn response(status: StatusCode, fields: &HeaderMap) -> BytesMut {
     let mut section = begin(fields);
     let code = status.as_str();
     let place = STATIC.iter().position(|(name, value)| *name == ":status" && *value == code);
@@ -123,7 +123,7 @@ pub(super) fn response(status: StatusCode, fields: &HeaderMap) -> BytesMut {
 }
 
 /// Writes the section of trailers.
-pub(super) fn trailers(fields: &HeaderMap) -> BytesMut {
+pub(crate) fn trailers(fields: &HeaderMap) -> BytesMut {
     let mut section = begin(fields);
     put_fields(&mut section, fields);
     section

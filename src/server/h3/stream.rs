@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Response};
 use http_body::Body;
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
@@ -21,9 +21,10 @@ use tokio::{
 
 use super::{
     Link,
-    frames::{self, Code, FrameHead},
+    frames::{self, Code},
     head,
     qpack::{self, Fault},
+    reader::{Event, Reader, Wrong},
 };
 use crate::server::{
     Conn, are_tokens,
@@ -56,37 +57,6 @@ pub enum Broken {
     Malformed(&'static str),
 }
 
-/// What the next frames of a request may be.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Stage {
-    /// Its head.
-    Head,
-    /// Its body, or trailers.
-    Body,
-    /// Nothing that has a meaning.
-    Over,
-    /// RFC 9114 section 4.4: bytes.
-    Tunnel,
-}
-
-/// What a frame's payload is.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Kind {
-    Data,
-    Section,
-    /// Of no meaning here.
-    Skipped,
-}
-
-/// The next thing of a request.
-#[derive(Debug)]
-pub(super) enum Event {
-    Data(Bytes),
-    /// A field section.
-    Section(Bytes),
-    End,
-}
-
 /// What the two directions of a stream tell each other.
 #[derive(Debug, Default)]
 pub(super) struct Sides {
@@ -99,13 +69,9 @@ pub(crate) struct Receive {
     stream: RecvStream,
     link: Arc<Link>,
     sides: Arc<Sides>,
-    stage: Stage,
     /// Taken from the stream, and not looked at yet.
     chunk: Bytes,
-    head: FrameHead,
-    /// The frame that is being read, and how much of its payload is to come.
-    frame: Option<(Kind, u64)>,
-    section: BytesMut,
+    reader: Reader,
     /// Until the end is there.
     trailers: Option<HeaderMap>,
     ended: bool,
@@ -113,35 +79,22 @@ pub(crate) struct Receive {
 
 impl std::fmt::Debug for Receive {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Receive").field("stage", &self.stage).finish_non_exhaustive()
+        f.debug_struct("Receive").field("reader", &self.reader).finish_non_exhaustive()
     }
 }
 
 impl Receive {
     pub(super) fn new(stream: RecvStream, link: Arc<Link>, sides: Arc<Sides>) -> Self {
-        Self {
-            stream,
-            link,
-            sides,
-            stage: Stage::Head,
-            chunk: Bytes::new(),
-            head: FrameHead::default(),
-            frame: None,
-            section: BytesMut::new(),
-            trailers: None,
-            ended: false,
-        }
+        let (chunk, reader) = (Bytes::new(), Reader::new(link.most.bytes));
+        Self { stream, link, sides, chunk, reader, trailers: None, ended: false }
     }
 
     /// The head's section.
     pub(super) async fn head(&mut self) -> Result<Bytes, Broken> {
         match poll_fn(|cx| self.poll_event(cx)).await? {
-            Event::Section(section) => {
-                self.stage = Stage::Body;
-                Ok(section)
-            }
+            Some(Event::Section(section)) => Ok(section),
             // Before a head there is no other.
-            Event::Data(_) | Event::End => Err(Broken::Malformed("no head")),
+            Some(Event::Data(_)) | None => Err(Broken::Malformed("no head")),
         }
     }
 
@@ -164,11 +117,11 @@ impl Receive {
 
     /// From now on it carries bytes.
     pub(super) fn tunnel(&mut self) {
-        self.stage = Stage::Tunnel;
+        self.reader.tunnel();
     }
 
     pub(crate) fn has_ended(&self) -> bool {
-        let is_read = self.chunk.is_empty() && self.frame.is_none() && !self.head.has_begun();
+        let is_read = self.chunk.is_empty() && self.reader.is_between();
         self.ended && is_read && self.trailers.is_none()
     }
 
@@ -187,79 +140,36 @@ impl Receive {
         Poll::Ready(Ok(!self.chunk.is_empty()))
     }
 
-    /// The next thing that the request consists of.
-    pub(super) fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Result<Event, Broken>> {
+    /// The next thing that the request consists of. `None`: that was all.
+    pub(super) fn poll_event(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<Event>, Broken>> {
         loop {
-            if let Some((Kind::Section, 0)) = self.frame {
-                self.frame = None;
-                return Poll::Ready(Ok(Event::Section(self.section.split().freeze())));
+            let link = &self.link;
+            let next = self.reader.next(&mut self.chunk, |useful| link.came(useful));
+            if let Some(event) = next.map_err(|wrong| self.broken(wrong))? {
+                return Poll::Ready(Ok(Some(event)));
             }
             if !ready!(self.poll_chunk(cx))? {
-                if self.frame.is_some() || self.head.has_begun() {
-                    // RFC 9114 section 7.1.
-                    return Poll::Ready(Err(self.fail(Code::Frame, "a frame without its end")));
-                }
-                if self.stage == Stage::Head {
-                    let _ = self.sides.reset.set(Code::Incomplete);
-                    return Poll::Ready(Err(Broken::Malformed("no head")));
-                }
-                return Poll::Ready(Ok(Event::End));
-            }
-            let Some((kind, left)) = self.frame else {
-                let byte = self.chunk.get_u8();
-                if let Some((kind, length)) = self.head.push(byte) {
-                    self.frame = self.begin(kind, length)?;
-                }
-                continue;
-            };
-            let most = usize::try_from(left).unwrap_or(usize::MAX).min(self.chunk.len());
-            let payload = self.chunk.split_to(most);
-            let left = left - payload.len() as u64;
-            self.frame = (left > 0).then_some((kind, left));
-            match kind {
-                Kind::Skipped => {}
-                Kind::Data => return Poll::Ready(Ok(Event::Data(payload))),
-                Kind::Section if left == 0 && self.section.is_empty() => {
-                    return Poll::Ready(Ok(Event::Section(payload)));
-                }
-                Kind::Section => {
-                    self.section.extend_from_slice(&payload);
-                    self.frame = Some((kind, left));
-                }
+                let ended = self.reader.end().map_err(|wrong| self.broken(wrong));
+                return Poll::Ready(ended.map(|()| None));
             }
         }
     }
 
-    /// A frame begins. `None`: it is over, too.
-    fn begin(&mut self, kind: u64, length: u64) -> Result<Option<(Kind, u64)>, Broken> {
-        let frame = match (kind, self.stage) {
-            (frames::DATA, Stage::Body | Stage::Tunnel) => Kind::Data,
-            (frames::HEADERS, Stage::Head | Stage::Body) => {
-                if length > self.link.most.bytes as u64 {
-                    let _ = self.sides.reset.set(Code::ExcessiveLoad);
-                    return Err(Broken::TooLarge);
-                }
-                // A section is given even if it is empty, and then makes no request.
-                self.link.came(true);
-                return Ok(Some((Kind::Section, length)));
+    fn broken(&self, wrong: Wrong) -> Broken {
+        match wrong {
+            Wrong::Connection(code, detail) => self.fail(code, detail),
+            Wrong::TooLarge => {
+                let _ = self.sides.reset.set(Code::ExcessiveLoad);
+                Broken::TooLarge
             }
-            (
-                frames::DATA
-                | frames::HEADERS
-                | frames::CANCEL_PUSH
-                | frames::SETTINGS
-                | frames::PUSH_PROMISE
-                | frames::GOAWAY
-                | frames::MAX_PUSH_ID,
-                _,
-            ) => return Err(self.fail(Code::FrameUnexpected, "a frame out of place")),
-            (kind, _) if frames::is_of_http2(kind) => {
-                return Err(self.fail(Code::FrameUnexpected, "a frame of HTTP/2"));
+            Wrong::NoHead => {
+                let _ = self.sides.reset.set(Code::Incomplete);
+                Broken::Malformed("no head")
             }
-            _ => Kind::Skipped,
-        };
-        self.link.came(frame == Kind::Data && length > 0);
-        Ok((length > 0).then_some((frame, length)))
+        }
     }
 
     /// The connection is over.
@@ -293,18 +203,15 @@ impl Receive {
         loop {
             match ready!(self.poll_event(cx)) {
                 Err(broken) => return Poll::Ready(Some(Err(broken))),
-                Ok(Event::Data(data)) => {
+                Ok(Some(Event::Data(data))) => {
                     return Poll::Ready(Some(Ok(http_body::Frame::data(data))));
                 }
                 // They are given with the end: what may not follow them is seen before.
-                Ok(Event::Section(section)) => {
-                    self.stage = Stage::Over;
-                    match self.read_trailers(&section) {
-                        Ok(trailers) => self.trailers = Some(trailers),
-                        Err(broken) => return Poll::Ready(Some(Err(broken))),
-                    }
-                }
-                Ok(Event::End) => {
+                Ok(Some(Event::Section(section))) => match self.read_trailers(&section) {
+                    Ok(trailers) => self.trailers = Some(trailers),
+                    Err(broken) => return Poll::Ready(Some(Err(broken))),
+                },
+                Ok(None) => {
                     let trailers = self.trailers.take();
                     return Poll::Ready(trailers.map(|t| Ok(http_body::Frame::trailers(t))));
                 }
@@ -541,10 +448,10 @@ impl AsyncRead for Tunnel {
     ) -> Poll<io::Result<()>> {
         while self.rest.is_empty() {
             match ready!(self.receive.poll_event(cx)) {
-                Ok(Event::Data(data)) => self.rest = data,
-                Ok(Event::End) => return Poll::Ready(Ok(())),
+                Ok(Some(Event::Data(data))) => self.rest = data,
+                Ok(None) => return Poll::Ready(Ok(())),
                 // There is none in a tunnel.
-                Ok(Event::Section(_)) => {}
+                Ok(Some(Event::Section(_))) => {}
                 Err(error) => return Poll::Ready(Err(broken(error))),
             }
         }
