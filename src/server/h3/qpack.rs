@@ -33,10 +33,10 @@ pub(crate) struct Most {
 /// Reads a section.
 pub(crate) fn decode(mut section: &[u8], most: Most) -> Result<Vec<Field>, Fault> {
     // RFC 9204 section 4.5.1: the required insert count is zero; whatever the base is, nothing is
-    // relative to it.
+    // relative to it, but below zero it may not be.
     let (_, inserts) = integer(&mut section, 8)?;
-    let (_, _base) = integer(&mut section, 7)?;
-    if inserts != 0 {
+    let (is_below, _base) = integer(&mut section, 7)?;
+    if inserts != 0 || is_below != 0 {
         return Err(Fault::Broken);
     }
     let (mut fields, mut size) = (Vec::new(), 0usize);
@@ -337,6 +337,8 @@ mod tests {
             (&b""[..], Fault::Broken),
             (b"\x00", Fault::Broken),
             (b"\x01\x00\xd1", Fault::Broken),
+            (b"\x00\x80\xd1", Fault::Broken),
+            (b"\x00\x81\xd1", Fault::Broken),
             (b"\x00\x00\x80", Fault::Broken),
             (b"\x00\x00\x10", Fault::Broken),
             (b"\x00\x00\x00\x00", Fault::Broken),
