@@ -53,7 +53,10 @@ pub(crate) fn request(section: Vec<Field>) -> Result<Request<()>, Malformed> {
             }
             b"path" => pseudo.path.replace(value).is_none(),
             b"protocol" => {
-                let protocol = String::from_utf8(value.into()).map_err(|_| INVALID)?;
+                // RFC 8441 section 4: an upgrade token, by RFC 9110 section 7.8.
+                let is_protocol = value.split(|byte| *byte == b'/').all(is_token);
+                let protocol = String::from_utf8(value.into()).ok().filter(|_| is_protocol);
+                let protocol = protocol.ok_or(INVALID)?;
                 pseudo.protocol.replace(protocol).is_none()
             }
             _ => return Err("a pseudo-header field that no request has"),
@@ -94,6 +97,11 @@ pub(crate) fn request(section: Vec<Field>) -> Result<Request<()>, Malformed> {
         request.extensions_mut().insert(Protocol::from(&*protocol));
     }
     Ok(request)
+}
+
+/// RFC 9110 section 5.6.2. A method is one, too.
+fn is_token(text: &[u8]) -> bool {
+    Method::from_bytes(text).is_ok()
 }
 
 /// Makes trailers of a section.
@@ -160,6 +168,9 @@ mod tests {
     #[test]
     fn what_is_malformed_is_refused() {
         let [method, scheme, authority, path] = GET;
+        let with_protocol = |protocol: &'static str| {
+            [(":method", "CONNECT"), scheme, authority, path, (":protocol", protocol)]
+        };
         for (what, lines) in [
             ("nothing", &[][..]),
             ("no method", &[scheme, authority, path]),
@@ -199,6 +210,10 @@ mod tests {
             ("a CONNECT with a path", &[(":method", "CONNECT"), authority, path]),
             ("a CONNECT with a scheme", &[(":method", "CONNECT"), authority, scheme]),
             ("a CONNECT to nowhere", &[(":method", "CONNECT")]),
+            ("a protocol with a line end", &with_protocol("websocket\r\na: b")),
+            ("a protocol with NUL", &with_protocol("websocket\0")),
+            ("a protocol with more than ASCII", &with_protocol("w\u{e9}bsocket")),
+            ("a protocol with an empty version", &with_protocol("websocket/")),
             ("a protocol for GET", &[method, scheme, authority, path, (":protocol", "websocket")]),
             (
                 "two protocols",
