@@ -51,7 +51,13 @@ pub(crate) fn request(section: Vec<Field>) -> Result<Request<()>, Malformed> {
                 let authority = Authority::try_from(&*value).map_err(|_| INVALID)?;
                 pseudo.authority.replace(authority).is_none()
             }
-            b"path" => pseudo.path.replace(value).is_none(),
+            b"path" => {
+                // The type drops a fragment without a look at it.
+                if value.iter().any(|byte| *byte <= b' ' || *byte == 0x7f) {
+                    return Err(INVALID);
+                }
+                pseudo.path.replace(value).is_none()
+            }
             b"protocol" => {
                 // RFC 8441 section 4: an upgrade token, by RFC 9110 section 7.8.
                 let is_protocol = value.split(|byte| *byte == b'/').all(is_token);
@@ -180,6 +186,8 @@ mod tests {
             ("a path without a slash", &[method, scheme, authority, (":path", "b")]),
             ("an asterisk for GET", &[method, scheme, authority, (":path", "*")]),
             ("a path with a space", &[method, scheme, authority, (":path", "/a b")]),
+            ("a fragment with NUL", &[method, scheme, authority, (":path", "/a#b\0")]),
+            ("a fragment with a line end", &[method, scheme, authority, (":path", "/a#\r\nb")]),
             ("two methods", &[method, method, scheme, authority, path]),
             ("two schemes", &[method, scheme, scheme, authority, path]),
             ("two authorities", &[method, scheme, authority, authority, path]),
