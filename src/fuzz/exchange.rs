@@ -49,7 +49,7 @@ hold = { timeout = "1s" }
 "#;
 
 /// Beyond every limit above, many times over.
-const PATIENCE: Duration = Duration::from_mins(10);
+pub(super) const PATIENCE: Duration = Duration::from_mins(10);
 
 /// What the node does about one request.
 pub(super) struct Answer {
@@ -92,6 +92,21 @@ pub(super) fn between<T>(
     node: Speaks,
     sides: impl AsyncFnOnce(Stream, mpsc::Receiver<Socket>) -> T,
 ) -> T {
+    apart(node, async |network, config, arriving| {
+        let connecting = network.listen([FRONT]);
+        let sides = async {
+            let client = Stream::connect(FRONT).await.expect("it is accepted");
+            sides(client, arriving).await
+        };
+        tokio::join!(litegate(&config, connecting), sides).1
+    })
+}
+
+/// A network apart from all others, with a node on it, and a clock that does not wait.
+pub(super) fn apart<T>(
+    node: Speaks,
+    run: impl AsyncFnOnce(&Network, Arc<Config>, mpsc::Receiver<Socket>) -> T,
+) -> T {
     fastrand::seed(0);
     let network = Network::default();
     let entered = network.enter();
@@ -103,14 +118,9 @@ pub(super) fn between<T>(
     let local = LocalSet::new();
     let seen = local.block_on(&runtime, async {
         let arriving = network.listen([SocketAddr::from(([10, 0, 0, 1], 3000))]);
-        let connecting = network.listen([FRONT]);
-        let sides = async {
-            let client = Stream::connect(FRONT).await.expect("it is accepted");
-            sides(client, arriving).await
-        };
         let config = config::load::parse("fuzz", &format!("{CONFIG}{}", node.speaks()), []);
         let config = Arc::new(config.expect("it is right"));
-        tokio::join!(litegate(&config, connecting), sides).1
+        run(&network, config, arriving).await
     });
     drop(local);
     drop(runtime);
@@ -121,18 +131,53 @@ pub(super) fn between<T>(
 /// A client sends these pieces, one after the other, and reads until litegate ends the connection.
 /// The node answers each whole request as `answer` says, which gets the number of the request.
 pub(super) fn exchange(pieces: &[&[u8]], answer: impl Fn(usize, &Message) -> Answer) -> Seen {
-    let received = RefCell::new(Vec::new());
-    let requests = Cell::new(0);
-    let serve = |socket, number| serve(socket, number, &received, &requests, &answer);
+    let node = Node::new(answer);
     let (client, ended) = between(Speaks::Http1, async |stream, arriving| {
-        client_and_node(stream, pieces, arriving, async |socket, number| {
-            let connections = received.borrow().len().max(number + 1);
-            received.borrow_mut().resize(connections, Vec::new());
-            serve(socket, number).await;
-        })
-        .await
+        let serve = async |socket, number| node.serve(socket, number).await;
+        client_and_node(stream, pieces, arriving, serve).await
     });
-    Seen { node: received.take(), client, ended }
+    Seen { node: node.received.take(), client, ended }
+}
+
+/// A node of HTTP/1.1.
+pub(super) struct Node<A> {
+    /// What it got, connection by connection.
+    pub(super) received: RefCell<Vec<Vec<u8>>>,
+    requests: Cell<usize>,
+    answer: A,
+}
+
+impl<A: Fn(usize, &Message) -> Answer> Node<A> {
+    pub(super) fn new(answer: A) -> Self {
+        Self { received: RefCell::default(), requests: Cell::new(0), answer }
+    }
+
+    /// Serves one connection.
+    pub(super) async fn serve(&self, socket: Socket, number: usize) {
+        let connections = self.received.borrow().len().max(number + 1);
+        self.received.borrow_mut().resize(connections, Vec::new());
+        let mut stream = Stream::Simulated(socket);
+        let mut answered = 0;
+        loop {
+            let mut buffer = Vec::with_capacity(8 << 10);
+            if !matches!(stream.read_buf(&mut buffer).await, Ok(1..)) {
+                return;
+            }
+            let reading = {
+                let mut all = self.received.borrow_mut();
+                all[number].extend_from_slice(&buffer);
+                strict::read(&all[number], Side::Requests)
+            };
+            for message in reading.messages.iter().skip(answered).filter(|m| m.complete) {
+                answered += 1;
+                self.requests.set(self.requests.get() + 1);
+                let Answer { bytes, close } = (self.answer)(self.requests.get(), message);
+                if stream.write_all(&bytes).await.is_err() || close {
+                    return;
+                }
+            }
+        }
+    }
 }
 
 /// A client that sends these pieces, and what it got until the connection ended, and whether that
@@ -140,9 +185,31 @@ pub(super) fn exchange(pieces: &[&[u8]], answer: impl Fn(usize, &Message) -> Ans
 pub(super) async fn client_and_node(
     mut stream: Stream,
     pieces: &[&[u8]],
-    mut arriving: mpsc::Receiver<Socket>,
+    arriving: mpsc::Receiver<Socket>,
     serve: impl AsyncFn(Socket, usize),
 ) -> (Vec<u8>, bool) {
+    let client = async {
+        let (mut reads, mut writes) = tokio::io::split(&mut stream);
+        let send = async {
+            for piece in pieces {
+                // What litegate does not take any more is its business.
+                let _ = writes.write_all(piece).await;
+                yield_now().await;
+            }
+        };
+        let mut got = Vec::new();
+        let (ended, ()) = tokio::join!(timeout(PATIENCE, reads.read_to_end(&mut got)), send);
+        (got, ended.expect("litegate ends it in time").is_ok())
+    };
+    beside_node(client, arriving, serve).await
+}
+
+/// What a client saw beside a node that serves each connection.
+pub(super) async fn beside_node<T>(
+    client: impl Future<Output = T>,
+    mut arriving: mpsc::Receiver<Socket>,
+    serve: impl AsyncFn(Socket, usize),
+) -> T {
     let node = async {
         let mut connections = futures_util::stream::FuturesUnordered::new();
         let mut number = 0;
@@ -157,19 +224,6 @@ pub(super) async fn client_and_node(
             }
         }
     };
-    let client = async {
-        let (mut reads, mut writes) = tokio::io::split(&mut stream);
-        let send = async {
-            for piece in pieces {
-                // What litegate does not take any more is its business.
-                let _ = writes.write_all(piece).await;
-                yield_now().await;
-            }
-        };
-        let mut got = Vec::new();
-        let (ended, ()) = tokio::join!(timeout(PATIENCE, reads.read_to_end(&mut got)), send);
-        (got, ended.expect("litegate ends it in time").is_ok())
-    };
     let mut node = std::pin::pin!(node);
     let seen = tokio::select! {
         () = &mut node => unreachable!("it is there until the end"),
@@ -182,10 +236,7 @@ pub(super) async fn client_and_node(
 
 /// All of litegate that one connection needs, until that is over.
 async fn litegate(config: &Arc<Config>, mut connecting: mpsc::Receiver<Socket>) {
-    let metrics = Metrics::new();
-    let cluster = &config.clusters[0];
-    let discovery = discovery::start(cluster, None, None, metrics.discovery(&cluster.name), |_| {});
-    let gate = Rc::new(wear(config, &metrics, &discovery));
+    let (gate, _discovery) = gate(config);
     let socket = connecting.recv().await.expect("the client connects");
     let (_trigger, drain) = server::drain::signal();
     let origin = Origin { listener: 0, peer: PEER, local: FRONT, secure: false };
@@ -197,39 +248,18 @@ async fn litegate(config: &Arc<Config>, mut connecting: mpsc::Receiver<Socket>) 
     over.expect("every connection ends").expect("there is one").expect("nothing panics");
 }
 
-/// One connection of the node's.
-async fn serve(
-    socket: Socket,
-    number: usize,
-    received: &RefCell<Vec<Vec<u8>>>,
-    requests: &Cell<usize>,
-    answer: &impl Fn(usize, &Message) -> Answer,
-) {
-    let mut stream = Stream::Simulated(socket);
-    let mut answered = 0;
-    loop {
-        let mut buffer = Vec::with_capacity(8 << 10);
-        if !matches!(stream.read_buf(&mut buffer).await, Ok(1..)) {
-            return;
-        }
-        let reading = {
-            let mut all = received.borrow_mut();
-            all[number].extend_from_slice(&buffer);
-            strict::read(&all[number], Side::Requests)
-        };
-        for message in reading.messages.iter().skip(answered).filter(|message| message.complete) {
-            answered += 1;
-            requests.set(requests.get() + 1);
-            let Answer { bytes, close } = answer(requests.get(), message);
-            if stream.write_all(&bytes).await.is_err() || close {
-                return;
-            }
-        }
-    }
+/// What answers a client's requests, and what it knows the node from.
+pub(super) fn gate(config: &Arc<Config>) -> (Rc<Proxy>, discovery::Discovery) {
+    let metrics = Metrics::new();
+    let cluster = &config.clusters[0];
+    let discovery = discovery::start(cluster, None, None, metrics.discovery(&cluster.name), |_| {});
+    (Rc::new(wear(config, &metrics, &discovery)), discovery)
 }
 
-const FRONT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(10, 100, 0, 1)), 80);
-const PEER: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7)), 4711);
+pub(super) const FRONT: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(10, 100, 0, 1)), 80);
+pub(super) const PEER: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7)), 4711);
 
 fn wear(config: &Arc<Config>, metrics: &Metrics, discovery: &discovery::Discovery) -> Proxy {
     let cluster = &config.clusters[0];

@@ -185,7 +185,7 @@ fn cut(data: &[u8]) -> usize {
 }
 
 /// A node's answer that says what was asked.
-fn echo(message: &Message) -> Answer {
+pub(super) fn echo(message: &Message) -> Answer {
     let [method, target, _] = &message.line;
     let body = [&**method, b" ", target].concat();
     let head = format!("HTTP/1.1 200 OK\r\nx-node: n0\r\ncontent-length: {}\r\n\r\n", body.len());
@@ -203,7 +203,7 @@ pub(super) fn is_own(answer: &Message) -> bool {
 }
 
 /// The requests that the node got, in order of arrival.
-fn forwarded(seen: &Seen) -> Vec<Message> {
+pub(super) fn forwarded(seen: &Seen) -> Vec<Message> {
     let mut all = Vec::new();
     for bytes in &seen.node {
         let reading = agreed(bytes, Side::Requests);
@@ -260,12 +260,12 @@ fn agreed(bytes: &[u8], side: Side<'_>) -> Reading {
     one
 }
 
-fn shown(bytes: &[u8]) -> String {
+pub(super) fn shown(bytes: &[u8]) -> String {
     bytes.escape_ascii().to_string()
 }
 
 /// Whether a node got what the client sent.
-fn is_same(original: &Message, message: &Message) -> bool {
+pub(super) fn is_same(original: &Message, message: &Message) -> bool {
     let body = if message.complete {
         original.complete && original.body == message.body
     } else {
@@ -298,7 +298,7 @@ fn is_target(original: &[u8], target: &[u8]) -> bool {
 }
 
 /// Fields that litegate sets, or that are about the hop, or addressed to it.
-fn is_ours(name: &str) -> bool {
+pub(super) fn is_ours(name: &str) -> bool {
     matches!(
         name,
         "host"
@@ -322,7 +322,7 @@ fn is_ours(name: &str) -> bool {
         .any(|begin| name.starts_with(begin))
 }
 
-fn has_same_fields(original: &Message, message: &Message) -> bool {
+pub(super) fn has_same_fields(original: &Message, message: &Message) -> bool {
     let connection = original.values("connection").flat_map(|line| line.split(|b| *b == b','));
     let named: Vec<String> =
         connection.map(|name| String::from_utf8_lossy(name).trim().to_ascii_lowercase()).collect();
@@ -335,7 +335,7 @@ fn has_same_fields(original: &Message, message: &Message) -> bool {
 }
 
 /// Cuts at the first two places.
-fn split<'d>(data: &'d [u8], at: &[u8]) -> Vec<&'d [u8]> {
+pub(super) fn split<'d>(data: &'d [u8], at: &[u8]) -> Vec<&'d [u8]> {
     let mut parts = Vec::new();
     let mut rest = data;
     while parts.len() < 2

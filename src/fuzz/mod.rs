@@ -15,8 +15,12 @@
 mod edges;
 mod exchange;
 mod frames;
+#[cfg(feature = "http3")]
+mod h3;
 mod http;
 mod node;
+#[cfg(feature = "http3")]
+mod quic;
 mod strict;
 mod tunnel;
 mod words;
@@ -27,6 +31,11 @@ pub use self::{
     node::answer_h2,
     tunnel::tunnel,
     words::{config, consul, litefs, replay, token},
+};
+#[cfg(feature = "http3")]
+pub use self::{
+    h3::{h3_frames, qpack},
+    quic::request_h3,
 };
 
 #[cfg(test)]
@@ -56,6 +65,17 @@ mod tests {
         ("websocket", super::websocket),
     ];
 
+    /// Those of HTTP/3, which can be run with its feature alone.
+    const OF_HTTP3: [&str; 3] = ["h3_frames", "qpack", "request_h3"];
+
+    fn targets() -> Vec<(&'static str, Target)> {
+        #[cfg(feature = "http3")]
+        let of_http3: [Target; 3] = [super::h3_frames, super::qpack, super::request_h3];
+        #[cfg(not(feature = "http3"))]
+        let of_http3: [Target; 0] = [];
+        TARGETS.into_iter().chain(OF_HTTP3.into_iter().zip(of_http3)).collect()
+    }
+
     fn names(below: &Path) -> Vec<String> {
         let entries = fs::read_dir(below).expect("it is there");
         let names = entries.map(|entry| entry.expect("it is listed").file_name());
@@ -68,7 +88,7 @@ mod tests {
     fn the_corpus_holds() {
         let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
         let mut failed = Vec::new();
-        for (target, run) in TARGETS {
+        for (target, run) in targets() {
             let corpus = fuzz.join("corpus").join(target);
             let names = names(&corpus);
             assert!(!names.is_empty(), "{target} has no seeds");
@@ -145,7 +165,8 @@ mod tests {
     fn what_is_like_the_corpus_holds(target: &str) {
         let inputs = std::env::var("LITEGATE_FUZZ_INPUTS");
         let inputs = inputs.map_or(100, |inputs| inputs.parse().expect("a number of inputs"));
-        let run = TARGETS.iter().find(|(name, _)| *name == target).expect("there is one").1;
+        let (_, run) =
+            targets().into_iter().find(|(name, _)| *name == target).expect("there is one");
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let corpus = root.join("fuzz/corpus").join(target);
         let read = |name: String| fs::read(corpus.join(name)).expect("it can be read");
@@ -183,6 +204,12 @@ mod tests {
         what_is_like_the_corpus_holds("downgrade");
     }
 
+    #[cfg(feature = "http3")]
+    #[test]
+    fn requests_over_h3_like_the_corpus_hold() {
+        what_is_like_the_corpus_holds("request_h3");
+    }
+
     #[test]
     fn tunnels_like_the_corpus_hold() {
         what_is_like_the_corpus_holds("tunnel");
@@ -191,8 +218,13 @@ mod tests {
     #[test]
     fn every_target_is_a_file_and_has_a_corpus() {
         let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
-        let targets = TARGETS.map(|(name, _)| name.to_owned());
+        let targets = TARGETS.iter().map(|(name, _)| *name).chain(OF_HTTP3);
+        let mut targets: Vec<String> = targets.map(str::to_owned).collect();
+        targets.sort();
         assert_eq!(names(&fuzz.join("corpus")), targets);
-        assert_eq!(names(&fuzz.join("fuzz_targets")), targets.map(|name| format!("{name}.rs")));
+        for name in &mut targets {
+            name.push_str(".rs");
+        }
+        assert_eq!(names(&fuzz.join("fuzz_targets")), targets);
     }
 }
