@@ -186,7 +186,7 @@ impl Guard {
         let mut at = 0;
         while let Some(rest) = bytes.get(at..).filter(|rest| !rest.is_empty()) {
             let step = match &mut self.state {
-                State::Head => self.see_line(rest),
+                State::Head => self.see_lines(rest),
                 State::Body(left) => {
                     let n = skip(left, rest.len());
                     if *left == 0 {
@@ -234,27 +234,25 @@ impl Guard {
         }
     }
 
-    /// Looks at a head's line, if it is whole. How far that was, or how far up to a fault.
-    fn see_line(&mut self, rest: &[u8]) -> Result<usize, (usize, Fault)> {
-        let Some(end) = memchr::memchr(b'\n', rest) else {
-            self.line.extend_from_slice(rest);
-            return Ok(rest.len());
-        };
-        let line = rest.get(..end).unwrap_or_default();
-        let seen = if self.line.is_empty() {
-            self.head.see(line)
-        } else {
-            self.line.extend_from_slice(line);
-            let seen = self.head.see(&self.line);
+    /// Looks at a head's lines, as far as they are whole. How far that was, or how far up to a fault.
+    fn see_lines(&mut self, rest: &[u8]) -> Result<usize, (usize, Fault)> {
+        let mut begin = 0;
+        for end in memchr::memchr_iter(b'\n', rest) {
+            let mut line = rest.get(begin..end).unwrap_or_default();
+            if !self.line.is_empty() {
+                self.line.extend_from_slice(line);
+                line = &self.line;
+            }
+            let seen = self.head.see(line);
             self.line.clear();
-            seen
-        };
-        match seen {
-            Ok(true) => self.head_ended(),
-            Ok(false) => {}
-            Err(fault) => return Err((end, fault)),
+            begin = end + 1;
+            if seen.map_err(|fault| (end, fault))? {
+                self.head_ended();
+                return Ok(begin);
+            }
         }
-        Ok(end + 1)
+        self.line.extend_from_slice(rest.get(begin..).unwrap_or_default());
+        Ok(rest.len())
     }
 
     fn head_ended(&mut self) {
@@ -305,41 +303,34 @@ fn skip(left: &mut u64, n: usize) -> usize {
 impl Head {
     /// Looks at a line, without its LF. Whether it ends the head.
     fn see(&mut self, line: &[u8]) -> Result<bool, Fault> {
-        let Some(line) = line.strip_suffix(b"\r") else {
+        let Some((b'\r', line)) = line.split_last() else {
             return Err(Fault::BareLf(Place::Head));
         };
-        if !self.begun {
-            // RFC 9112 section 2.2: an empty line before it is passed over.
-            if !line.is_empty() {
-                self.begun = true;
-                self.see_request_line(line)?;
-            }
-            return Ok(false);
-        }
-        if line.is_empty() {
+        let Some(first) = line.first() else {
             return match (self.coded, self.length) {
                 (true, Some(_)) => Err(Fault::TwoFramings),
-                _ => Ok(true),
+                // RFC 9112 section 2.2: an empty line before the head is passed over.
+                _ => Ok(self.begun),
             };
-        }
-        // Four names matter, and few others begin like them.
-        let (name, value) = match line.first().map(u8::to_ascii_lowercase) {
-            Some(b'c' | b't' | b'u') => match memchr::memchr(b':', line) {
-                Some(colon) => line.split_at(colon),
-                None => return Ok(false),
-            },
-            _ => return Ok(false),
         };
-        if name.eq_ignore_ascii_case(b"content-length") {
-            let length = number(value.get(1..).unwrap_or_default());
-            let length = length.ok_or(Fault::BadLength)?;
-            if self.length.replace(length).is_some() {
-                return Err(Fault::SeveralLengths);
+        if !self.begun {
+            self.begun = true;
+            self.see_request_line(line)?;
+            return Ok(false);
+        }
+        // Three names matter, and few others begin like them.
+        match first.to_ascii_lowercase() {
+            b'c' => {
+                if let Some(value) = value_of(b"content-length:", line) {
+                    let length = number(value).ok_or(Fault::BadLength)?;
+                    if self.length.replace(length).is_some() {
+                        return Err(Fault::SeveralLengths);
+                    }
+                }
             }
-        } else if name.eq_ignore_ascii_case(b"transfer-encoding") {
-            self.coded = true;
-        } else if name.eq_ignore_ascii_case(b"upgrade") {
-            self.switches = true;
+            b't' => self.coded |= value_of(b"transfer-encoding:", line).is_some(),
+            b'u' => self.switches |= value_of(b"upgrade:", line).is_some(),
+            _ => {}
         }
         Ok(false)
     }
@@ -358,18 +349,28 @@ fn has_blank(bytes: &[u8]) -> bool {
     bytes.contains(&b' ')
 }
 
+/// What is behind the name and its colon, if the line has that name.
+fn value_of<'a>(name: &[u8], line: &'a [u8]) -> Option<&'a [u8]> {
+    let (begin, value) = line.split_at_checked(name.len())?;
+    // Most lines are told apart by where their colon is.
+    (begin.last() == name.last() && begin.eq_ignore_ascii_case(name)).then_some(value)
+}
+
 /// `Content-Length = 1*DIGIT`, with the white space that any value may have around it, and of a
 /// size that anyone could count to.
 fn number(value: &[u8]) -> Option<u64> {
-    let is_blank = |byte: &u8| matches!(byte, b' ' | b'\t');
-    let begin = value.iter().position(|byte| !is_blank(byte))?;
-    let end = value.iter().rposition(|byte| !is_blank(byte))?;
-    let digits = value.get(begin..=end)?;
-    digits.iter().try_fold(0_u64, |number, digit| {
-        let digit = digit.is_ascii_digit().then(|| u64::from(digit - b'0'))?;
-        let number = number.checked_mul(10)?.checked_add(digit)?;
-        i64::try_from(number).is_ok().then_some(number)
-    })
+    let mut digits = value;
+    while let [b' ' | b'\t', rest @ ..] | [rest @ .., b' ' | b'\t'] = digits {
+        digits = rest;
+    }
+    if digits.is_empty() {
+        return None;
+    }
+    let number = digits.iter().try_fold(0_i64, |number, digit| {
+        let digit = digit.is_ascii_digit().then(|| i64::from(digit - b'0'))?;
+        number.checked_mul(10)?.checked_add(digit)
+    })?;
+    u64::try_from(number).ok()
 }
 
 impl Chunk {
@@ -476,8 +477,13 @@ mod tests {
              5\r\n\r\n\n\n\n\r\nA;a;b = c ; d=\"e\\\"\t\";f\r\n0123456789\r\n000\r\nx: y\r\n\r\n\
              GET / HTTP/1.1\r\n\r\n",
             "POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0 ;x\r\n\r\n",
+            "POST / HTTP/1.1\r\nCONTENT-Length:\t003 \t\r\n\r\n\n\n\nGET / HTTP/1.1\r\n\r\n",
+            // Names that only begin like those that matter.
+            "A / HTTP/1.1\r\nContent-Lengths: x\r\ncontent-length-: 1\r\ncontent-length: 1\r\n\
+             transfer-encodings: x\r\nte: x\r\nt:\r\nupgrade-insecure-requests: 1\r\n\r\n\n\
+             GET / HTTP/1.1\r\n\r\n",
             // hyper's to refuse.
-            "G#T / HTTP/1.1\r\nno colon\r\n\r\n",
+            "G#T / HTTP/1.1\r\nno colon\r\ncontent-length\r\n\r\n",
         ] {
             assert_eq!(see(bytes), Seen::All, "{bytes:?}");
         }
@@ -566,6 +572,14 @@ mod tests {
                 seen => seen,
             };
             prop_assert_eq!(once, twice);
+            let mut guard = Guard::default();
+            let mut bytes = whole.as_bytes().chunks(1).enumerate();
+            let seen = bytes.find_map(|(at, byte)| match guard.see(byte) {
+                Seen::All => None,
+                Seen::UpTo(n) => Some(Seen::UpTo(at + n)),
+                Seen::Bad(n, fault) => Some(Seen::Bad(at + n, fault)),
+            });
+            prop_assert_eq!(once, seen.unwrap_or(Seen::All));
         }
     }
 }
