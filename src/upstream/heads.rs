@@ -76,24 +76,13 @@ impl State {
     }
 
     fn is_status_line(&self) -> bool {
-        matches!(
-            self.begin,
-            [
-                b'H',
-                b'T',
-                b'T',
-                b'P',
-                b'/',
-                b'1',
-                b'.',
-                b'0' | b'1',
-                b' ',
-                b'1'..=b'9',
-                b'0'..=b'9',
-                b'0'..=b'9',
-                b' ' | b'\r' | 0
-            ]
-        )
+        let [version @ .., minor, b' ', class, b'0'..=b'9', b'0'..=b'9', end] = &self.begin else {
+            return false;
+        };
+        version == b"HTTP/1."
+            && matches!(minor, b'0' | b'1')
+            && matches!(class, b'1'..=b'9')
+            && matches!(end, b' ' | b'\r' | 0)
     }
 
     /// A line has ended.
@@ -155,30 +144,42 @@ impl Heads {
     /// These bytes came. Whether the head is clear so far.
     pub(super) fn see(&self, new: &[u8]) -> bool {
         let mut state = self.state.get();
-        let mut rest = new;
-        let mut is_clear = true;
-        while state.looking && is_clear && !rest.is_empty() {
-            let end = memchr::memchr(b'\n', rest);
-            let (line, after) = rest.split_at(end.unwrap_or(rest.len()));
-            state.grow(line);
-            if state.may_be_interim() && !state.gives_up {
-                self.keep(&mut state, line, end.is_some());
-            }
-            if end.is_none() {
-                break;
-            }
-            rest = after.get(1..).unwrap_or_default();
-            match state.ended() {
-                Line::Right => {}
-                Line::Wrong => is_clear = false,
-                Line::Last => match self.head_ended(state) {
-                    Some(next) => state = next,
-                    None => is_clear = false,
-                },
-            }
+        if !state.looking {
+            return true;
         }
+        let is_clear = self.follow(&mut state, new);
         self.state.set(state);
         is_clear
+    }
+
+    fn follow(&self, state: &mut State, new: &[u8]) -> bool {
+        let mut begin = 0;
+        for end in memchr::memchr_iter(b'\n', new) {
+            self.grow(state, new.get(begin..end).unwrap_or_default(), true);
+            begin = end + 1;
+            match state.ended() {
+                Line::Right => {}
+                Line::Wrong => return false,
+                Line::Last => match self.head_ended(*state) {
+                    Some(next) => *state = next,
+                    None => return false,
+                },
+            }
+            if !state.looking {
+                return true;
+            }
+        }
+        self.grow(state, new.get(begin..).unwrap_or_default(), false);
+        true
+    }
+
+    /// More of a line came. `ends`: and then its LF.
+    #[inline]
+    fn grow(&self, state: &mut State, line: &[u8], ends: bool) {
+        state.grow(line);
+        if state.may_be_interim() && !state.gives_up {
+            self.keep(state, line, ends);
+        }
     }
 
     fn keep(&self, state: &mut State, line: &[u8], ends: bool) {
