@@ -617,8 +617,11 @@ async fn active<S: Service + 'static>(
             service.reached(Reached::Requests);
         }
         async move {
-            // Boxed: thousands of bytes that are not needed any more while the answer is sent.
-            let response = Box::pin(service.call(&client, &conn, request)).await;
+            // Boxed: thousands of bytes that are not needed any more while the answer is sent. And
+            // made where they stay: `Box::pin` would make them here and copy them there.
+            let place = Box::new_uninit();
+            let response =
+                Box::into_pin(Box::write(place, service.call(&client, &conn, request))).await;
             Ok::<_, std::convert::Infallible>(response.map(|body| Paced::new(body, conn)))
         }
     });
