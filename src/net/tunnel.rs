@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::{Buf as _, Bytes};
-use h2::{Reason, RecvStream, SendStream};
+use h2::{RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// The most that is copied into one frame: what every peer takes (RFC 9113 section 4.2).
@@ -50,9 +50,8 @@ impl AsyncRead for Tunnel {
             match ready!(self.receive.poll_data(cx)) {
                 None => return Poll::Ready(Ok(())),
                 Some(Ok(data)) => self.rest = data,
-                Some(Err(error)) if error.reason() == Some(Reason::NO_ERROR) => {
-                    return Poll::Ready(Ok(()));
-                }
+                // Whatever its reason: NO_ERROR says that all is well only where a server resets a
+                // request that it has answered in full (RFC 9113 section 8.1).
                 Some(Err(error)) => return Poll::Ready(Err(broken(error))),
             }
         }

@@ -4,8 +4,9 @@
 //! A server may reset a stream with `NO_ERROR` once its answer is whole, so that no more of the
 //! request is sent (RFC 9113 section 8.1). Of such a reset h2 tells whoever reads the body, and not
 //! whether `END_STREAM` came before it; hyper takes it for the end either way, and half an answer
-//! would look whole. A `GOAWAY` that leaves out a stream whose answer has begun does the same. Both
-//! get another reason in passing, for which hyper fails the body.
+//! would look whole. A `GOAWAY` that leaves out a stream whose answer has begun does the same. Of a
+//! tunnel hyper takes `CANCEL` for the end as well, which is how one is aborted (RFC 8441 section 5).
+//! All of them get another reason in passing, for which hyper fails the body or the tunnel.
 
 use std::cell::Cell;
 
@@ -16,7 +17,10 @@ const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const GOAWAY: u8 = 7;
 const END_STREAM: u8 = 1;
-/// The reason in place of `NO_ERROR`, as the last of its four bytes.
+/// Reasons that look like an end, and the one in their place: the last of four bytes, the others
+/// being zero.
+const NO_ERROR: u8 = 0;
+const CANCEL: u8 = 8;
 const INTERNAL_ERROR: u8 = 2;
 /// Answers that are remembered as whole: a reset of one comes right behind its end. An older one
 /// is h2's no more.
@@ -35,7 +39,7 @@ struct State {
     at: usize,
     left: usize,
     /// All of the reason so far is zero.
-    no_error: bool,
+    zero: bool,
     /// The stream that a `GOAWAY` names.
     last: u32,
     /// The last stream that was answered.
@@ -51,7 +55,7 @@ impl Default for State {
             have: 0,
             at: 0,
             left: 0,
-            no_error: true,
+            zero: true,
             last: 0,
             begun: 0,
             whole: [0; WHOLE],
@@ -71,7 +75,7 @@ impl State {
         let [a, b, c, kind, flags, ..] = self.head;
         (self.at, self.have) = (0, 0);
         self.left = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
-        (self.no_error, self.last) = (true, 0);
+        (self.zero, self.last) = (true, 0);
         let stream = self.stream();
         if kind == HEADERS {
             self.begun = self.begun.max(stream);
@@ -92,15 +96,16 @@ impl State {
         if self.at < reason.start {
             self.last = self.last << 8 | u32::from(*byte);
         } else if reason.contains(&self.at) {
-            self.no_error &= *byte == 0;
             let cuts = if is_goaway {
                 self.last & 0x7fff_ffff < self.begun
             } else {
                 !self.whole.contains(&self.stream())
             };
-            if self.at + 1 == reason.end && self.no_error && cuts {
+            let is_last = self.at + 1 == reason.end;
+            if is_last && self.zero && matches!(*byte, NO_ERROR | CANCEL) && cuts {
                 *byte = INTERNAL_ERROR;
             }
+            self.zero &= *byte == 0;
         }
     }
 }
@@ -162,7 +167,14 @@ mod tests {
             (vec![&head, &data], reset(0), reset(2)),
             (vec![&head, &data, &other], reset(0), reset(2)),
             (vec![&head, &data, &end], reset(0), reset(0)),
-            (vec![&head, &data], reset(8), reset(8)),
+            (vec![&head, &data], reset(8), reset(2)),
+            (vec![&head, &data, &end], reset(8), reset(8)),
+            (vec![&head, &data], reset(7), reset(7)),
+            (
+                vec![&head, &data],
+                frame(RST_STREAM, 0, 1, &[1, 0, 0, 8]),
+                frame(RST_STREAM, 0, 1, &[1, 0, 0, 8]),
+            ),
             (vec![&head], goaway(0, 0), goaway(0, 2)),
             (vec![&head], goaway(1, 0), goaway(1, 0)),
             (vec![&head], goaway(0, 1), goaway(0, 1)),

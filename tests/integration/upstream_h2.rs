@@ -404,6 +404,112 @@ async fn a_websocket_is_a_stream_where_the_node_says_so_and_http1_elsewhere() {
     }
 }
 
+/// How a side's direction of a tunnel ended, as its peer sees it.
+#[derive(Debug, Eq, PartialEq)]
+enum End {
+    Clean,
+    Aborted,
+}
+
+/// Reads a direction to its end.
+async fn end(mut stream: h2::RecvStream) -> End {
+    loop {
+        match timeout(SOON, stream.data()).await.expect("in time") {
+            None => return End::Clean,
+            Some(Ok(data)) => drop(stream.flow_control().release_capacity(data.len())),
+            Some(Err(_)) => return End::Aborted,
+        }
+    }
+}
+
+/// A node that makes tunnels and sends back what comes first. With what comes next it resets the one
+/// whose path is a reason, and ends that of `/end`. Says how the client's direction ended.
+async fn resetting(said: tokio::sync::mpsc::Sender<End>) -> Node {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+    let address = listener.local_addr().expect("bound");
+    tokio::spawn(async move {
+        let (socket, _) = listener.accept().await.expect("a connection");
+        let mut builder = h2::server::Builder::new();
+        builder.enable_connect_protocol();
+        let mut connection = builder.handshake::<_, Bytes>(socket).await.expect("HTTP/2");
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
+            let said = said.clone();
+            let mut down = respond.send_response(Response::new(()), false).expect("it goes out");
+            tokio::spawn(async move {
+                let path = request.uri().path().to_owned();
+                let mut up = request.into_body();
+                let first = up.data().await.expect("it goes on").expect("it goes on");
+                down.send_data(first, false).expect("it goes out");
+                if path != "/stay" {
+                    up.data().await.expect("it goes on").expect("it goes on");
+                }
+                match path.trim_start_matches('/').parse::<u32>() {
+                    Ok(reason) => down.send_reset(reason.into()),
+                    Err(_) if path == "/end" => {
+                        down.send_data(Bytes::new(), true).expect("it goes out");
+                    }
+                    Err(_) => {}
+                }
+                let _ = said.try_send(end(up).await);
+            });
+        }
+    });
+    Node { address, connections: Arc::default(), requests: Arc::default() }
+}
+
+/// RFC 8441 section 5: what ends orderly says `END_STREAM`, and a reset is an abort, whatever its
+/// reason. `NO_ERROR` is only for who has answered in full (RFC 9113 section 8.1).
+#[tokio::test]
+async fn an_aborted_tunnel_does_not_look_closed() {
+    let (said, mut heard) = tokio::sync::mpsc::channel(16);
+    let node = resetting(said).await;
+    let gate = node.gate("").await;
+    let socket = TcpStream::connect(gate.address()).await.expect("it listens");
+    let (client, connection) = h2::client::handshake(socket).await.expect("a handshake");
+    tokio::spawn(connection);
+    let mut client = client.ready().await.expect("it goes on");
+    let no_error: u32 = h2::Reason::NO_ERROR.into();
+    let (cancel, internal) = (h2::Reason::CANCEL.into(), h2::Reason::INTERNAL_ERROR.into());
+    for by_node in [true, false] {
+        for reason in [Some(no_error), Some(cancel), Some(internal), None] {
+            let what = format!("by the node: {by_node}, {reason:?}");
+            let path = match reason {
+                _ if !by_node => "stay".to_owned(),
+                Some(reason) => reason.to_string(),
+                None => "end".to_owned(),
+            };
+            let mut request = Request::builder()
+                .method("CONNECT")
+                .uri(format!("http://app.test/{path}"))
+                .header("sec-websocket-version", "13")
+                .body(())
+                .expect("a request");
+            request.extensions_mut().insert(h2::ext::Protocol::from_static("websocket"));
+            let (response, mut up) = client.send_request(request, false).expect("it goes out");
+            up.send_data(Bytes::from_static(b"x"), false).expect("it goes out");
+            let response = timeout(SOON, response).await.expect("in time").expect("an answer");
+            let mut down = response.into_body();
+            let first = timeout(SOON, down.data()).await.expect("in time").expect("it goes on");
+            assert_eq!(first.expect("it goes on"), "x", "{what}");
+            let want = if reason.is_some() { End::Aborted } else { End::Clean };
+            if by_node {
+                up.send_data(Bytes::from_static(b"y"), false).expect("it goes out");
+                assert_eq!(end(down).await, want, "{what}");
+                // Who sees it closed closes as well.
+                let _ = up.send_data(Bytes::new(), true);
+                timeout(SOON, heard.recv()).await.expect("in time").expect("it says so");
+            } else {
+                match reason {
+                    Some(reason) => up.send_reset(reason.into()),
+                    None => up.send_data(Bytes::new(), true).expect("it goes out"),
+                }
+                let seen = timeout(SOON, heard.recv()).await.expect("in time");
+                assert_eq!(seen, Some(want), "{what}");
+            }
+        }
+    }
+}
+
 /// Two requests are under way when the node says that it looks at the first alone: the second is
 /// sent again, though it writes, and the first is answered.
 #[tokio::test]
