@@ -8,12 +8,23 @@ use litegate::config::load;
 fn every_configuration_that_we_ship_is_right() {
     let mut found = 0;
     visit(&Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy"), &mut |path| {
-        if path.extension().is_some_and(|extension| extension == "toml") {
+        // Without the feature HTTP/3 is refused.
+        let is_built = cfg!(feature = "http3") || !path.iter().any(|part| part == "http3");
+        if is_built && path.extension().is_some_and(|extension| extension == "toml") {
             found += 1;
             load::load(path, []).unwrap_or_else(|error| panic!("{error}"));
         }
     });
     assert!(found >= 5, "only {found} were found");
+}
+
+#[cfg(feature = "http3")]
+#[test]
+fn the_overlay_with_http3_is_right_and_offers_it() {
+    let overlay = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kustomize/overlays/http3");
+    let config = load::load(&overlay.join("litegate.toml"), []).expect("it is right");
+    let http3 = config.listeners.iter().find_map(|listener| listener.http3.as_ref());
+    assert_eq!(http3.and_then(|http3| http3.port), Some(443));
 }
 
 #[test]
