@@ -3,8 +3,13 @@
 //! The client asks at a fixed rate over keep-alive connections, in an open loop. The floods come
 //! from a thread that shares its core, at the lowest priority and at a fixed pace, so that it
 //! offers every proxy the same and takes as little as it can from the client: what it takes
-//! nevertheless shows in the row of a flood that goes elsewhere. Where a proxy ends a hostile
+//! nevertheless shows in the rows of floods that go elsewhere. Where a proxy ends a hostile
 //! connection, the next one is opened at the next tick.
+//!
+//! Noise comes in bursts, and one of a few milliseconds is all that a 99th percentile shows. So all
+//! that is measured comes before whatever else the machine does, where it may; and the client is
+//! measured with nobody beside before each flood rather than once in a round, and a flood is
+//! compared with the median of them all.
 
 use std::{
     fmt::Write as _,
@@ -22,19 +27,23 @@ use std::{
 use crate::{
     Failure,
     contender::{Contender, Running},
-    generator::{Clients, Latencies},
+    generator::Clients,
     machine::{self, Core, Cores},
     report::Spread,
-    upstream::Upstream,
+    upstream::{self, Upstream},
     workload::Workload,
 };
 
+/// The clients', the upstream's and the proxies', and behind them that of floods. Other work on the
+/// machine has none: a few milliseconds of it would be all that a 99th percentile shows.
+const PRIORITY: u8 = 10;
+const FLOODS_PRIORITY: u8 = 1;
 /// How often a flood goes on.
 const TICK: Duration = Duration::from_millis(5);
-/// Before anything is counted: connections are opened and limits are met.
+/// Before anything is counted: limits are met, or what a flood has left is cleared away.
 const SETTLE: Duration = Duration::from_millis(200);
-/// More than the sockets hold.
-const LARGE: usize = 16 << 20;
+/// How long a flood may take until all of it has begun, and the sockets before slow readers are full.
+const PATIENCE: Duration = Duration::from_secs(10);
 const CLIENT: Workload = Workload {
     name: "client",
     title: "GET, 128 bytes",
@@ -58,18 +67,24 @@ struct Flood {
     h2: bool,
     /// It takes what it gets.
     reads: bool,
+    /// Every so many ticks a connection has its turn; they take turns, so that this is no burst.
+    every: usize,
+    /// Whether it is also sent elsewhere, for those that follow it as well.
+    control: bool,
     /// What a connection begins with.
     opening: fn() -> Vec<u8>,
-    /// What it goes on with at its `n`th tick.
+    /// What it goes on with at its `n`th turn.
     tick: fn(u32) -> Vec<u8>,
 }
 
-/// 4 connections, each 12 or 13 frames in 5 ms: 10,000 a second.
+/// 4 connections, each 12 frames in 5 ms: 10,000 a second.
 const FRAMES: Flood = Flood {
     name: "",
     connections: 4,
     h2: true,
     reads: true,
+    every: 1,
+    control: false,
     opening: || [PREFACE, &frame(4, 0, 0, &[])].concat(),
     tick: |_| Vec::new(),
 };
@@ -78,6 +93,8 @@ const SLOW: Flood = Flood {
     name: "",
     connections: 500,
     h2: false,
+    every: 100,
+    control: true,
     opening: Vec::new,
     tick: |_| Vec::new(),
     ..FRAMES
@@ -89,7 +106,7 @@ fn some(n: u32, frame: impl Fn(u32) -> Vec<u8>) -> Vec<u8> {
 }
 
 const FLOODS: &[Flood] = &[
-    Flood { name: "PING", tick: |n| some(n, |_| frame(6, 0, 0, &[0; 8])), ..FRAMES },
+    Flood { name: "PING", control: true, tick: |n| some(n, |_| frame(6, 0, 0, &[0; 8])), ..FRAMES },
     Flood { name: "SETTINGS", tick: |n| some(n, |_| frame(4, 0, 0, &[])), ..FRAMES },
     Flood { name: "PRIORITY", tick: |n| some(n, |_| frame(2, 0, 1, &[0, 0, 0, 3, 1])), ..FRAMES },
     Flood {
@@ -127,21 +144,21 @@ const FLOODS: &[Flood] = &[
     Flood {
         name: "slow heads",
         opening: || b"GET /128 HTTP/1.1\r\nHost: a\r\nX: ".to_vec(),
-        tick: |n| if n % 100 == 0 { b"x".to_vec() } else { Vec::new() },
+        tick: |_| b"x".to_vec(),
         ..SLOW
     },
     Flood {
         name: "slow bodies",
         connections: 200,
         opening: || b"POST /128 HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n".to_vec(),
-        tick: |n| if n % 100 == 0 { b"x".to_vec() } else { Vec::new() },
+        tick: |_| b"x".to_vec(),
         ..SLOW
     },
     Flood {
         name: "slow readers",
         connections: 100,
         reads: false,
-        opening: || format!("GET /{LARGE} HTTP/1.1\r\nHost: a\r\n\r\n").into_bytes(),
+        opening: || format!("GET {} HTTP/1.1\r\nHost: a\r\n\r\n", upstream::ENDLESS).into_bytes(),
         ..SLOW
     },
 ];
@@ -154,6 +171,8 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 /// A flood that runs, until dropped.
 struct Flooding {
     stop: Arc<AtomicBool>,
+    /// All of its connections have been opened.
+    begun: Arc<AtomicBool>,
     /// Connections that the other side ended.
     ended: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
@@ -161,25 +180,55 @@ struct Flooding {
 
 impl Flooding {
     fn start(flood: &'static Flood, address: SocketAddr, core: Core) -> Result<Self, Failure> {
-        let (stop, ended) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (its, counted) = (Arc::clone(&stop), Arc::clone(&ended));
+        let (stop, begun, ended) = (Arc::default(), Arc::default(), Arc::default());
+        let mut this = Self { stop, begun, ended, thread: None };
+        let (stop, begun) = (Arc::clone(&this.stop), Arc::clone(&this.begun));
+        let ended = Arc::clone(&this.ended);
         let thread = std::thread::Builder::new().name("flood".into()).spawn(move || {
-            // Behind whoever measures; where it may not, it is a little fairer to the flood.
             let _ = machine::pin(core);
-            let _ = rustix::process::nice(19);
+            if !machine::precede(FLOODS_PRIORITY) {
+                // Where it may not, it is a little fairer to the flood.
+                let _ = rustix::process::nice(19);
+            }
             let mut hostile: Vec<_> = (0..flood.connections).map(|_| None).collect();
             let mut buffer = vec![0; 64 * 1024];
-            while !its.load(Ordering::Relaxed) {
+            for turn in 0_usize.. {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
                 let began = Instant::now();
-                for hostile in &mut hostile {
+                for (key, hostile) in hostile.iter_mut().enumerate() {
+                    if hostile.is_some() && !(turn + key).is_multiple_of(flood.every) {
+                        continue;
+                    }
                     if !Hostile::go_on(hostile, flood, address, &mut buffer) {
-                        counted.fetch_add(1, Ordering::Relaxed);
+                        ended.fetch_add(1, Ordering::Relaxed);
                     }
                 }
+                begun.store(true, Ordering::Relaxed);
                 std::thread::sleep(TICK.saturating_sub(began.elapsed()));
             }
         })?;
-        Ok(Self { stop, ended, thread: Some(thread) })
+        this.thread = Some(thread);
+        Ok(this)
+    }
+
+    /// Waits until the flood is what it will be.
+    fn settle(&self, flood: &Flood, upstream: &Upstream) -> Result<(), Failure> {
+        let begun = || self.begun.load(Ordering::Relaxed).then_some(());
+        machine::until("a flood's beginning", PATIENCE, begun)?;
+        std::thread::sleep(SETTLE);
+        if flood.reads {
+            return Ok(());
+        }
+        // Until nobody takes any more, a slow reader is a fast one.
+        let (mut sent, mut since) = (upstream.sent(), Instant::now());
+        machine::until("full sockets", PATIENCE, || {
+            if upstream.sent() != sent {
+                (sent, since) = (upstream.sent(), Instant::now());
+            }
+            (since.elapsed() > SETTLE).then_some(())
+        })
     }
 }
 
@@ -205,7 +254,9 @@ impl Hostile {
         let stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, ticks: 0, unsent: (flood.opening)() })
+        let mut this = Self { stream, ticks: 0, unsent: (flood.opening)() };
+        this.send()?;
+        Ok(this)
     }
 
     /// Opens it, or goes on with it. Whether it goes on.
@@ -226,19 +277,25 @@ impl Hostile {
         goes_on
     }
 
+    fn send(&mut self) -> std::io::Result<()> {
+        if self.unsent.is_empty() {
+            return Ok(());
+        }
+        match self.stream.write(&self.unsent) {
+            Ok(sent) => drop(self.unsent.drain(..sent)),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
     fn tick(&mut self, flood: &Flood, buffer: &mut [u8]) -> std::io::Result<()> {
         // Who is not read from does not go on.
         if self.unsent.is_empty() {
             self.unsent = (flood.tick)(self.ticks);
             self.ticks += 1;
         }
-        if !self.unsent.is_empty() {
-            match self.stream.write(&self.unsent) {
-                Ok(sent) => drop(self.unsent.drain(..sent)),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-        }
+        self.send()?;
         if !flood.reads {
             return Ok(());
         }
@@ -295,45 +352,47 @@ impl Drop for Sink {
 
 /// What is beside the client.
 #[derive(Clone, Copy)]
-enum Beside {
-    Nobody,
-    /// A flood that goes elsewhere.
-    Elsewhere(&'static Flood),
-    Flood(&'static Flood),
+struct Beside {
+    flood: &'static Flood,
+    /// The flood is sent to somebody who is no proxy.
+    elsewhere: bool,
 }
 
 impl Beside {
+    /// Each control before the flood that it belongs to.
     fn all() -> Vec<Self> {
-        let control = FLOODS.first().map(Self::Elsewhere);
-        let floods = FLOODS.iter().map(Self::Flood);
-        std::iter::once(Self::Nobody).chain(control).chain(floods).collect()
+        let both = |flood: &'static Flood| {
+            let control = flood.control.then_some(Self { flood, elsewhere: true });
+            control.into_iter().chain([Self { flood, elsewhere: false }])
+        };
+        FLOODS.iter().flat_map(both).collect()
     }
 
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Nobody => "nobody",
-            Self::Elsewhere(_) => "PING, sent elsewhere",
-            Self::Flood(flood) => flood.name,
-        }
+    fn name(self) -> String {
+        let elsewhere = if self.elsewhere { ", sent elsewhere" } else { "" };
+        format!("{}{elsewhere}", self.flood.name)
     }
 }
 
 /// One proxy's rounds beside one flood.
 #[derive(Default)]
 struct Cell {
-    rounds: Vec<Latencies>,
+    /// 99th percentiles in µs, of each round: with nobody beside, and right after that beside the
+    /// flood.
+    unloaded: Vec<f64>,
+    flooded: Vec<f64>,
     /// Hostile connections that it ended in a second.
     ended: Vec<f64>,
+    /// Requests of the client without the right answer.
+    errors: u64,
 }
 
-impl Cell {
-    fn p99(&self) -> Option<Spread> {
-        Spread::of(self.rounds.iter().filter_map(|round| round.percentile(0.99)))
-    }
-
-    fn errors(&self) -> u64 {
-        self.rounds.iter().map(|round| round.errors).sum()
-    }
+/// Who stands before and beside the proxies.
+struct Others {
+    upstream: Upstream,
+    /// On the proxies' core: where frames go that are sent elsewhere, and where HTTP/1.1.
+    sink: Sink,
+    answering: Upstream,
 }
 
 /// Measures everything; returns the page.
@@ -342,15 +401,24 @@ pub(crate) fn run(
     cores: Cores,
     rounds: usize,
     span: Duration,
-    header: &[String],
+    mut header: Vec<String>,
 ) -> Result<String, Failure> {
-    let upstream = Upstream::start(cores.load, &[CLIENT.download, LARGE])?;
-    let sink = Sink::start(cores.proxy)?;
+    // Whoever is started from here on inherits it.
+    header.push(if machine::precede(PRIORITY) {
+        "all of them before whatever else runs on the machine (`chrt --rr`)".to_owned()
+    } else {
+        "beside whatever else runs on the machine: as root they would come before that".to_owned()
+    });
+    let others = Others {
+        upstream: Upstream::start(cores.load, &[CLIENT.download])?,
+        sink: Sink::start(cores.proxy)?,
+        answering: Upstream::start(cores.proxy, &[CLIENT.download])?,
+    };
     let mut running = Vec::new();
     for (contender, program) in programs {
         // Free a moment ago, as those that `start_with` finds.
         let h2 = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?;
-        let upstream_port = upstream.address.port().to_string();
+        let upstream_port = others.upstream.address.port().to_string();
         let filled = [("@upstream_port@", &*upstream_port), ("@h2_port@", &h2.port().to_string())];
         running.push((contender.start_with(program, &filled, cores)?, h2));
     }
@@ -361,44 +429,57 @@ pub(crate) fn run(
         for (at, beside) in beside.iter().enumerate() {
             for ((proxy, h2), cells) in running.iter().zip(&mut found) {
                 let Some(cell) = cells.get_mut(at) else { continue };
-                measure(*beside, proxy, *h2, &sink, cores, span, cell)?;
-                let (p99, name) = (cell.rounds.last(), beside.name());
-                let p99 = p99.and_then(|round| round.percentile(0.99)).unwrap_or_default();
-                eprintln!("{round}: {name}, {}: p99 {p99:.0} µs", proxy.name);
+                cell.measure(*beside, proxy, *h2, &others, cores, span)?;
+                let [unloaded, flooded] = [&cell.unloaded, &cell.flooded]
+                    .map(|rounds| rounds.last().copied().unwrap_or_default());
+                let (name, proxy) = (beside.name(), proxy.name);
+                eprintln!("{round}: {name}, {proxy}: p99 {flooded:.0} µs after {unloaded:.0} µs");
             }
         }
     }
     let names: Vec<_> = running.iter().map(|(proxy, _)| proxy.name).collect();
-    Ok(page(header, &beside, &names, &found))
+    Ok(page(&header, &beside, &names, &found))
 }
 
-fn measure(
-    beside: Beside,
-    proxy: &Running,
-    h2: SocketAddr,
-    sink: &Sink,
-    cores: Cores,
-    span: Duration,
-    cell: &mut Cell,
-) -> Result<(), Failure> {
-    let flooding = match beside {
-        Beside::Nobody => None,
-        Beside::Elsewhere(flood) => Some(Flooding::start(flood, sink.address, cores.load)?),
-        Beside::Flood(flood) => {
-            let address = if flood.h2 { h2 } else { proxy.address };
-            Some(Flooding::start(flood, address, cores.load)?)
-        }
-    };
-    std::thread::sleep(SETTLE);
-    let ended = || flooding.as_ref().map_or(0, |flooding| flooding.ended.load(Ordering::Relaxed));
-    let (before, began) = (ended(), Instant::now());
-    let clients = Clients::connect(proxy.address, &CLIENT)?;
-    let latencies = clients.pace(CLIENT.rate.unwrap_or_default(), span)?;
-    cell.ended.push((ended() - before) as f64 / began.elapsed().as_secs_f64());
-    cell.rounds.push(latencies);
-    drop(flooding);
-    std::thread::sleep(SETTLE);
-    Ok(())
+impl Cell {
+    /// One round: with nobody beside, and beside the flood.
+    fn measure(
+        &mut self,
+        beside: Beside,
+        proxy: &Running,
+        h2: SocketAddr,
+        others: &Others,
+        cores: Cores,
+        span: Duration,
+    ) -> Result<(), Failure> {
+        let unloaded = self.ask(proxy, span)?;
+        let flood = beside.flood;
+        let (address, upstream) = match (beside.elsewhere, flood.h2) {
+            (true, true) => (others.sink.address, &others.upstream),
+            (true, false) => (others.answering.address, &others.answering),
+            (false, true) => (h2, &others.upstream),
+            (false, false) => (proxy.address, &others.upstream),
+        };
+        let flooding = Flooding::start(flood, address, cores.load)?;
+        flooding.settle(flood, upstream)?;
+        let (before, began) = (flooding.ended.load(Ordering::Relaxed), Instant::now());
+        let flooded = self.ask(proxy, span)?;
+        let ended = flooding.ended.load(Ordering::Relaxed) - before;
+        self.ended.push(ended as f64 / began.elapsed().as_secs_f64());
+        self.unloaded.push(unloaded);
+        self.flooded.push(flooded);
+        drop(flooding);
+        std::thread::sleep(SETTLE);
+        Ok(())
+    }
+
+    /// The 99th percentile of what the client waits, in µs.
+    fn ask(&mut self, proxy: &Running, span: Duration) -> Result<f64, Failure> {
+        let clients = Clients::connect(proxy.address, &CLIENT)?;
+        let latencies = clients.pace(CLIENT.rate.unwrap_or_default(), span)?;
+        self.errors += latencies.errors;
+        latencies.percentile(0.99).ok_or_else(|| format!("{} answers nothing", proxy.name).into())
+    }
 }
 
 fn page(header: &[String], beside: &[Beside], names: &[&str], found: &[Vec<Cell>]) -> String {
@@ -410,30 +491,51 @@ fn page(header: &[String], beside: &[Beside], names: &[&str], found: &[Vec<Cell>
     let _ = write!(
         page,
         "\nThe client asks {rate} times a second over {} keep-alive connections of HTTP/1.1; the \
-         times are the 99th percentile in µs, the median of the rounds and their range. **×** is \
-         that to the same proxy's with nobody beside. A flood of frames is 10,000 frames, or 10,000 \
-         requests, a second over 4 connections of HTTP/2, the slow ones are 500 heads, 200 bodies \
-         and 100 readers of 16 MiB; a connection that is ended is opened anew at once. **Ended** is \
-         how many of them the proxy ended in a second. The flood shares the client's core: what \
-         that alone does shows in the row of the one that goes elsewhere.\n",
+         times are the 99th percentile in µs, the median of the rounds and their range. Right \
+         before each of them the same is measured with nobody beside: **nobody** is the median of \
+         all of these, and **×** a row to that of the same proxy. A noisy moment is in a few of \
+         many there, and in one round of a row.\n\n\
+         A flood of frames is 10,000 frames, or 10,000 requests, a second over 4 connections of \
+         HTTP/2, the slow ones are 500 heads, 200 bodies and 100 readers that take nothing of an \
+         answer of 1 GiB, once the sockets on its way are full; a connection that is ended is \
+         opened anew at once. **Ended** is how many of them the proxy ended in a second. The flood \
+         shares the client's core, and whoever takes it the proxy's: what that alone does shows in \
+         the row of the same flood sent elsewhere, to somebody on the proxy's core who is none. \
+         **× elsewhere** is a row to that, PING's for all frames: what is the proxy's own doing.\n",
         CLIENT.clients
     );
     for (name, cells) in names.iter().zip(found) {
-        let alone = cells.first().and_then(Cell::p99).map_or(f64::NAN, |alone| alone.median);
+        let unloaded = Spread::of(cells.iter().flat_map(|cell| cell.unloaded.iter().copied()));
+        let alone = unloaded.map_or(f64::NAN, |unloaded| unloaded.median);
         let _ = writeln!(
             page,
-            "\n## {name}\n\n| beside | p99 µs | × | ended /s | errors |\n|---|---|---|---|---|"
+            "\n## {name}\n\n\
+             | beside | p99 µs | × | × elsewhere | ended /s | errors |\n|---|---|---|---|---|---|\n\
+             | nobody | {} | 1.00 | | | |",
+            unloaded.map_or_else(String::new, |unloaded| unloaded.show(0)),
         );
+        let mut elsewhere = f64::NAN;
         for (beside, cell) in beside.iter().zip(cells) {
-            let (p99, ended) = (cell.p99(), Spread::of(cell.ended.iter().copied()));
+            let show = |by: f64, digits| {
+                let spread = Spread::of(cell.flooded.iter().map(|p99| p99 / by));
+                spread.map_or_else(String::new, |spread| spread.show(digits))
+            };
+            let median = Spread::of(cell.flooded.iter().copied());
+            let median = median.map_or(f64::NAN, |spread| spread.median);
+            let own = if beside.elsewhere {
+                elsewhere = median;
+                String::new()
+            } else {
+                format!("{:.2}", median / elsewhere)
+            };
             let _ = writeln!(
                 page,
-                "| {} | {} | {:.2} | {} | {} |",
+                "| {} | {} | {} | {own} | {:.0} | {} |",
                 beside.name(),
-                p99.map_or_else(|| "none".to_owned(), |p99| p99.show(0)),
-                p99.map_or(f64::NAN, |p99| p99.median) / alone,
-                ended.map_or_else(String::new, |ended| format!("{:.0}", ended.median)),
-                cell.errors(),
+                show(1.0, 0),
+                show(alone, 2),
+                Spread::of(cell.ended.iter().copied()).map_or(0.0, |ended| ended.median),
+                cell.errors,
             );
         }
     }
@@ -462,13 +564,25 @@ mod tests {
     }
 
     #[test]
-    fn the_page_compares_with_nobody() {
-        let cell = |micros| Cell {
-            rounds: vec![Latencies { sorted: vec![Duration::from_micros(micros)], errors: 0 }],
+    fn the_page_compares_with_nobody_and_elsewhere() {
+        let cell = |unloaded: [f64; 3], flooded: f64| Cell {
+            unloaded: unloaded.to_vec(),
+            flooded: vec![flooded],
             ended: vec![3.0],
+            errors: 0,
         };
-        let beside = [Beside::Nobody, Beside::Flood(&FLOODS[0])];
-        let page = page(&[], &beside, &["litegate"], &[vec![cell(100), cell(150)]]);
-        assert!(page.contains("| PING | 150 (150 to 150) | 1.50 | 3 | 0 |"), "{page}");
+        let quiet = [100.0; 3];
+        let beside = Beside::all();
+        assert!(beside.first().is_some_and(|beside| beside.elsewhere), "of all frames");
+        let cells = vec![cell(quiet, 120.0), cell([90.0, 100.0, 900.0], 180.0), cell(quiet, 90.0)];
+        let page = page(&[], &beside, &["litegate"], &[cells]);
+        for row in [
+            "| nobody | 100 (90 to 900) | 1.00 | | | |",
+            "| PING, sent elsewhere | 120 (120 to 120) | 1.20 (1.20 to 1.20) |  | 3 | 0 |",
+            "| PING | 180 (180 to 180) | 1.80 (1.80 to 1.80) | 1.50 | 3 | 0 |",
+            "| SETTINGS | 90 (90 to 90) | 0.90 (0.90 to 0.90) | 0.75 | 3 | 0 |",
+        ] {
+            assert!(page.contains(row), "{row}\n{page}");
+        }
     }
 }

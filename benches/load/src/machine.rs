@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     fs,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -11,7 +12,7 @@ use rustix::{
     fd::OwnedFd,
     io::Errno,
     process::{Resource, Rlimit, getrlimit, setrlimit},
-    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+    thread::{CpuSet, gettid, sched_getaffinity, sched_setaffinity},
 };
 
 use crate::Failure;
@@ -44,6 +45,19 @@ pub(crate) fn pin(core: Core) -> Result<(), Failure> {
     let mut set = CpuSet::new();
     set.set(core.0);
     Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Puts this thread, and what it will start, before whatever has a lower priority of this kind or
+/// none, like everything else on the machine. Whether it may: root may.
+///
+/// By the program, since the call takes `unsafe` code or a library for it.
+pub(crate) fn precede(priority: u8) -> bool {
+    let thread = gettid().as_raw_nonzero().to_string();
+    let status = Command::new("chrt")
+        .args(["--rr", "--pid", &priority.to_string(), &thread])
+        .stderr(Stdio::null())
+        .status();
+    status.is_ok_and(|status| status.success())
 }
 
 /// Waits for events; none when the time is up or a signal came.

@@ -238,7 +238,7 @@ fn floods(options: &Options) -> Result<u64, Failure> {
     machine::pin(cores.load)?;
     machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
     let span = Duration::try_from_secs_f64(options.seconds)?;
-    let page = floods::run(&programs, cores, options.rounds, span, &header)?;
+    let page = floods::run(&programs, cores, options.rounds, span, header)?;
     let is_whole = options.only.is_empty() && options.rounds >= 3 && options.seconds >= 0.5;
     publish(&page, FLOODS, is_whole)?;
     Ok(0)

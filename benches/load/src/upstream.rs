@@ -9,7 +9,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
 };
@@ -37,6 +37,8 @@ pub(crate) struct Upstream {
     pub(crate) address: SocketAddr,
     /// Connections that it has.
     open: Arc<AtomicUsize>,
+    /// Bytes of endless answers that sockets took.
+    sent: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -64,8 +66,9 @@ impl Upstream {
             on_write,
             buffer: vec![0; 256 * 1024],
             open: Arc::default(),
+            sent: Arc::default(),
         };
-        let open = Arc::clone(&serving.open);
+        let (open, sent) = (Arc::clone(&serving.open), Arc::clone(&serving.sent));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("upstream".into()).spawn(move || {
             if let Err(failure) = machine::pin(core).and_then(|()| serving.run(&listener, &stopped))
@@ -73,14 +76,17 @@ impl Upstream {
                 eprintln!("the upstream has stopped: {failure}");
             }
         })?;
-        Ok(Self { address, open, stop, thread: Some(thread) })
+        Ok(Self { address, open, sent, stop, thread: Some(thread) })
     }
-}
 
-impl Upstream {
     /// Connections that it has.
     pub(crate) fn open(&self) -> usize {
         self.open.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of [`ENDLESS`] answers that it has sent.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
     }
 }
 
@@ -116,6 +122,7 @@ struct Serving {
     on_write: Option<OnWrite>,
     buffer: Vec<u8>,
     open: Arc<AtomicUsize>,
+    sent: Arc<AtomicU64>,
 }
 
 struct Connection {
@@ -189,7 +196,13 @@ impl Serving {
         let Some(place) = self.connections.get_mut(key) else { return Ok(()) };
         let Some(connection) = place.as_mut() else { return Ok(()) };
         let was_sending = connection.sent.is_some();
-        if !connection.turn(&mut self.buffer, &self.answers, self.on_write.as_ref()) {
+        let left = connection.left();
+        let goes_on = connection.turn(&mut self.buffer, &self.answers, self.on_write.as_ref());
+        let sent = left.saturating_sub(connection.left());
+        if sent > 0 {
+            self.sent.fetch_add(sent as u64, Ordering::Relaxed);
+        }
+        if !goes_on {
             // Closing the socket takes it out of epoll.
             *place = None;
             self.open.fetch_sub(1, Ordering::Relaxed);
@@ -206,6 +219,11 @@ impl Serving {
 }
 
 impl Connection {
+    /// Of an endless answer.
+    fn left(&self) -> usize {
+        if let Answer::Endless(left) = self.answer { left } else { 0 }
+    }
+
     /// Does what can be done now; `false` when the connection is over.
     fn turn(
         &mut self,
