@@ -87,6 +87,11 @@ pub struct Wire {
     broken: Cell<bool>,
     /// The socket takes nothing at present.
     blocked: Cell<bool>,
+    /// The socket had nothing to read since HTTP/1.1's machinery was last polled, and wakes whoever
+    /// polled: that asks up to three times in a row.
+    dry: Cell<bool>,
+    /// It is only looked at: nobody is to be woken by what may come.
+    glanced: Cell<bool>,
     /// Bytes of a request body that HTTP/1.1's machinery has and the socket may not have yet. Of
     /// HTTP/2 nothing is counted: windows do that.
     unsent: Option<Cell<usize>>,
@@ -199,6 +204,11 @@ impl Wire {
         }
     }
 
+    /// Whether HTTP/1.1's machinery alone reads the socket, and is polled by whoever uses it.
+    fn is_http1(&self) -> bool {
+        self.unsent.is_some()
+    }
+
     fn begin(&self) {
         self.written.set(false);
         self.answered.set(false);
@@ -306,7 +316,9 @@ where
     /// Nobody is to be woken by what is seen here. With a real waker the request that is sent next
     /// would wake the very task that sends it, and whoever used the connection last as well.
     pub fn is_usable(&mut self) -> bool {
+        self.wire.glanced.set(true);
         self.poll_driver(&mut Context::from_waker(Waker::noop()));
+        self.wire.glanced.set(false);
         self.is_ready()
     }
 
@@ -336,9 +348,11 @@ where
             Speaks::H2(_) => return self.exchange_h2(request, gives_up).await,
         };
         let mut response = pin!(sender.send_request(request));
+        let wire = &self.wire;
         let result = poll_fn(|cx| {
             if !*ended {
                 *ended = Pin::new(&mut *driver).poll(cx).is_ready();
+                wire.dry.set(false);
             }
             match response.as_mut().poll(cx) {
                 Poll::Ready(result) => Poll::Ready(Ok(result)),
@@ -422,6 +436,7 @@ where
             && !*ended
         {
             *ended = Pin::new(driver).poll(cx).is_ready();
+            self.wire.dry.set(false);
         }
     }
 
@@ -505,8 +520,12 @@ impl AsyncRead for NodeIo {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
+        if self.wire.dry.get() || (self.wire.glanced.get() && self.stream.has_nothing()) {
+            return Poll::Pending;
+        }
         let result = Pin::new(&mut (&mut self.stream).take(READ as u64)).poll_read(cx, buf);
         let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
+        self.wire.dry.set(result.is_pending() && self.wire.is_http1());
         if !new.is_empty() {
             self.wire.answered.set(true);
             self.wire.heard.set(true);
@@ -572,5 +591,73 @@ impl AsyncWrite for NodeIo {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::{BodyExt as _, Empty};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+        sync::oneshot,
+        time::{sleep, timeout},
+    };
+
+    use super::*;
+
+    const ANSWER: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+
+    /// A connection after one exchange, and what makes its node go on: with what it says then, or
+    /// with the end of the connection where that is nothing.
+    async fn used(
+        answer: &'static str,
+        then: &'static str,
+    ) -> (Connection<Empty<Bytes>>, oneshot::Sender<()>) {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let stream = Stream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (go, goes) = oneshot::channel::<()>();
+        tokio::spawn(async move {
+            let (mut node, _) = listener.accept().await.unwrap();
+            let _ = node.read(&mut [0; 1024]).await.unwrap();
+            node.write_all(answer.as_bytes()).await.unwrap();
+            let _ = goes.await;
+            node.write_all(then.as_bytes()).await.unwrap();
+            if !then.is_empty() {
+                std::future::pending::<()>().await;
+            }
+        });
+        let mut connection = Connection::over(stream, None).await.unwrap();
+        let request = Request::get("/").header("host", "a").body(Empty::new()).unwrap();
+        let response = connection.exchange(request, |_| false).await.unwrap();
+        let mut body = pin!(response.into_body().collect());
+        let body = poll_fn(|cx| {
+            connection.poll_driver(cx);
+            body.as_mut().poll(cx)
+        });
+        assert_eq!(body.await.unwrap().to_bytes(), "ok");
+        (connection, go)
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_is_used_until_its_node_says_or_does_something() {
+        for then in ["HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil", ""] {
+            let (mut connection, go) = used(ANSWER, then).await;
+            assert!(connection.is_usable() && connection.is_usable());
+            go.send(()).unwrap();
+            let unusable = async {
+                while connection.is_usable() {
+                    sleep(Duration::from_millis(1)).await;
+                }
+            };
+            timeout(Duration::from_secs(10), unusable).await.expect("it is seen");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_with_more_than_the_answer_is_not_used_again() {
+        const MORE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\n";
+        let (mut connection, _go) = used(MORE, "").await;
+        assert!(!connection.is_ready());
     }
 }
