@@ -246,10 +246,10 @@ impl server::Service for Gate {
         self.current().reached(limit);
     }
 
-    async fn call(
-        &self,
-        client: &Rc<Client>,
-        conn: &Rc<Conn>,
+    async fn call<'c>(
+        &'c self,
+        client: &'c Rc<Client>,
+        conn: &'c Rc<Conn>,
         request: Request<Incoming>,
     ) -> Response<Self::Body> {
         // A reload does not change the rules in the middle of a request.

@@ -36,7 +36,7 @@ pub struct Facts {
     /// Method, and for the log the target and what the client says of itself.
     pub method: Method,
     /// Only where it is logged.
-    pub line: Option<Line>,
+    pub line: Option<Box<Line>>,
     /// The cluster's place and name, if a route was found.
     pub cluster: Option<(usize, Arc<str>)>,
     /// The route's place in the file.

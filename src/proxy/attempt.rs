@@ -127,12 +127,12 @@ pub(super) enum Trouble {
     Client(Problem),
 }
 
-/// Sends the request to `node`. `head` makes the message anew, since a connection from the pool
-/// may turn out to be closed before anything was written.
+/// Sends the request to `node`. `message` makes it anew around its body, since a connection from the
+/// pool may turn out to be closed before anything was written.
 pub(super) async fn run(
     this: &Try<'_>,
     node: &Rc<Node>,
-    mut head: impl FnMut() -> Request<()>,
+    mut message: impl FnMut(RequestBody) -> Request<RequestBody>,
 ) -> Result<(Response<Incoming>, Box<Connection<RequestBody>>), Trouble> {
     let mut began = this.began;
     let mut offer = this.offer;
@@ -147,7 +147,9 @@ pub(super) async fn run(
         let (mut connection, reused) = if let Some(connection) = pooled {
             (connection, true)
         } else {
-            let (connection, fresh) = open(this, node, offer).await.map_err(Trouble::Node)?;
+            // Boxed: a request that finds a connection is not to make room for what opens one.
+            let opened = Box::pin(open(this, node, offer)).await;
+            let (connection, fresh) = opened.map_err(Trouble::Node)?;
             began = Instant::now();
             (connection, !fresh)
         };
@@ -159,7 +161,11 @@ pub(super) async fn run(
             }
             began = Instant::now();
         }
-        match exchange(this, &mut connection, head(), began).await {
+        let body = match this.upload {
+            Some(upload) => upload.attempt(connection.wire(), this.expects_continue, began),
+            None => RequestBody::empty(),
+        };
+        match exchange(this, &mut connection, message(body), began).await {
             // The node closed a kept-alive connection just then, and nothing of the request has
             // left: not an attempt yet.
             Err(Trouble::Node(Failure { kind: FailureKind::StaleConnection, written: false }))
@@ -232,21 +238,17 @@ async fn open(
 async fn exchange(
     this: &Try<'_>,
     connection: &mut Connection<RequestBody>,
-    head: Request<()>,
+    message: Request<RequestBody>,
     began: Instant,
 ) -> Result<Response<Incoming>, Trouble> {
     let wire = connection.wire();
-    let body = match this.upload {
-        Some(upload) => upload.attempt(Rc::clone(&wire), this.expects_continue, began),
-        None => RequestBody::empty(),
-    };
     let mut client = None;
     let mut continue_at = this.expects_continue.then(|| began + CONTINUE);
     let (mut lost_since, mut gone) = (None, false);
     let first = this.response_header.min(LOOK);
     this.conn.set_deadline(Some(continue_at.unwrap_or(began + first)));
     let result = connection
-        .exchange(head.map(|()| body), |cx| {
+        .exchange(message, |cx| {
             if this.interim {
                 while let Some(head) = wire.next_interim() {
                     this.conn.send_interim(head);

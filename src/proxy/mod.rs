@@ -4,7 +4,7 @@
 //! words of design section 4: route, classify, then choose, attempt and decide what follows,
 //! until there is an answer to relay or a [`Problem`].
 
-use std::{rc::Rc, sync::Arc, time::Duration};
+use std::{future::Future, rc::Rc, sync::Arc, time::Duration};
 
 use h2::ext::Protocol;
 use http::{
@@ -313,15 +313,19 @@ impl Proxy {
     }
 
     /// Answers one request. Whatever happens inside is accounted for here, once.
-    pub async fn call(
-        &self,
-        client: &Client,
-        conn: &Rc<Conn>,
+    ///
+    /// The walk is made before the future is, which would have room for what it is made of as well.
+    pub fn call<'p>(
+        &'p self,
+        client: &'p Client,
+        conn: &'p Rc<Conn>,
         request: Request<server::Incoming>,
-    ) -> Response<ResponseBody> {
-        let began = self.shard.request_began(conn.origin.listener);
+    ) -> impl Future<Output = Response<ResponseBody>> {
         let (mut parts, body) = request.into_parts();
-        let line = self.log.as_ref().map(|_| Line::of(&parts.uri, parts.version, &parts.headers));
+        let line = self.log.as_ref().map(|_| {
+            // Boxed: it is moved from hand to hand until the answer is over.
+            Box::new(Line::of(&parts.uri, parts.version, &parts.headers))
+        });
         let mut walk = Walk {
             client,
             conn,
@@ -346,73 +350,80 @@ impl Proxy {
             outcome: None,
             fields: acknowledge::Fields::new(),
         };
-        let answer = self.answer(&mut walk, body).await;
-        // Not on its way out, nor to whoever came by it.
-        let told = walk.version != Version::HTTP_3 && !conn.must_close();
-        let alternative = client.alternative.as_ref().filter(|_| told);
-        // The account tells when it ends. Until here, a client that leaves takes this along.
-        began.answered();
-        let received = walk.upload.as_ref().map_or(0, Upload::received);
-        let mut facts = Facts {
-            method: walk.method,
-            line,
-            cluster: walk.cluster.map(|cluster| (cluster.index, Arc::clone(&cluster.config.name))),
-            route: walk.route,
-            class: walk.request.map(|request| request.class),
-            because: walk.request.map(|request| request.because),
-            tries: walk.tries,
-            held: walk.held,
-            status: StatusCode::OK,
-            problem: None,
-            received,
-        };
-        let log = self.log.clone();
-        match answer {
-            Ok(Answer { response, mut connected, idle, arrived }) => {
-                if response.body().is_end_stream() {
-                    // Nobody will ask for a frame of it.
-                    connected.finish(arrived);
+        async move {
+            let began = self.shard.request_began(conn.origin.listener);
+            let answer = self.answer(&mut walk, body).await;
+            // Not on its way out, nor to whoever came by it.
+            let told = walk.version != Version::HTTP_3 && !conn.must_close();
+            let alternative = client.alternative.as_ref().filter(|_| told);
+            // The account tells when it ends. Until here, a client that leaves takes this along.
+            began.answered();
+            let received = walk.upload.as_ref().map_or(0, Upload::received);
+            let mut facts = Facts {
+                method: walk.method,
+                line,
+                cluster: walk
+                    .cluster
+                    .map(|cluster| (cluster.index, Arc::clone(&cluster.config.name))),
+                route: walk.route,
+                class: walk.request.map(|request| request.class),
+                because: walk.request.map(|request| request.because),
+                tries: walk.tries,
+                held: walk.held,
+                status: StatusCode::OK,
+                problem: None,
+                received,
+            };
+            let log = self.log.clone();
+            match answer {
+                Ok(Answer { response, mut connected, idle, arrived }) => {
+                    if response.body().is_end_stream() {
+                        // Nobody will ask for a frame of it.
+                        connected.finish(arrived);
+                    }
+                    let mut response = response;
+                    if let Some(alternative) = alternative {
+                        // A node that has another does not know that there is litegate before it.
+                        response.headers_mut().insert(header::ALT_SVC, alternative.clone());
+                    }
+                    facts.status = response.status();
+                    let account =
+                        Account::new(Rc::clone(conn), Arc::clone(&self.shard), log, facts);
+                    let until_close = walk.version == Version::HTTP_10
+                        && !response.headers().contains_key(header::CONTENT_LENGTH);
+                    response.map(|incoming| {
+                        ResponseBody::node(incoming, connected, idle, until_close, arrived, account)
+                    })
                 }
-                let mut response = response;
-                if let Some(alternative) = alternative {
-                    // A node that has another does not know that there is litegate before it.
-                    response.headers_mut().insert(header::ALT_SVC, alternative.clone());
+                Err(problem) => {
+                    facts.status = problem.status();
+                    facts.problem = Some(problem);
+                    match problem {
+                        Problem::BodyTimeout => self.shard.reached(Limit::BodyIdle, 1),
+                        Problem::BodySlow => self.shard.reached(Limit::BodyRate, 1),
+                        _ => {}
+                    }
+                    let last = facts.tries.last().map(|tried| Arc::clone(&tried.node));
+                    let detail = last.map(|node| format!("{} on {node}", problem.as_str()));
+                    let account =
+                        Account::new(Rc::clone(conn), Arc::clone(&self.shard), log, facts);
+                    let own = Own {
+                        problem,
+                        detail: detail.as_deref(),
+                        html: relay::prefers_html(&walk.headers),
+                        outcome: walk.outcome,
+                        instance: &self.instance,
+                        close: conn.must_close(),
+                    };
+                    let (mut response, body) = own.render();
+                    for (name, value) in walk.fields {
+                        response.headers_mut().append(name, value);
+                    }
+                    if let Some(alternative) = alternative {
+                        response.headers_mut().insert(header::ALT_SVC, alternative.clone());
+                    }
+                    response.map(|()| ResponseBody::own(body, account))
                 }
-                facts.status = response.status();
-                let account = Account::new(Rc::clone(conn), Arc::clone(&self.shard), log, facts);
-                let until_close = walk.version == Version::HTTP_10
-                    && !response.headers().contains_key(header::CONTENT_LENGTH);
-                response.map(|incoming| {
-                    ResponseBody::node(incoming, connected, idle, until_close, arrived, account)
-                })
-            }
-            Err(problem) => {
-                facts.status = problem.status();
-                facts.problem = Some(problem);
-                match problem {
-                    Problem::BodyTimeout => self.shard.reached(Limit::BodyIdle, 1),
-                    Problem::BodySlow => self.shard.reached(Limit::BodyRate, 1),
-                    _ => {}
-                }
-                let last = facts.tries.last().map(|tried| Arc::clone(&tried.node));
-                let detail = last.map(|node| format!("{} on {node}", problem.as_str()));
-                let account = Account::new(Rc::clone(conn), Arc::clone(&self.shard), log, facts);
-                let own = Own {
-                    problem,
-                    detail: detail.as_deref(),
-                    html: relay::prefers_html(&walk.headers),
-                    outcome: walk.outcome,
-                    instance: &self.instance,
-                    close: conn.must_close(),
-                };
-                let (mut response, body) = own.render();
-                for (name, value) in walk.fields {
-                    response.headers_mut().append(name, value);
-                }
-                if let Some(alternative) = alternative {
-                    response.headers_mut().insert(header::ALT_SVC, alternative.clone());
-                }
-                response.map(|()| ResponseBody::own(body, account))
             }
         }
     }
@@ -1131,8 +1142,8 @@ impl Proxy {
             idle: timeouts.idle,
             is_lost: &is_lost,
         };
-        let head = || {
-            let mut message = Request::new(());
+        let message = |body| {
+            let mut message = Request::new(body);
             *message.method_mut() = walk.method.clone();
             let path = extra.transform.as_ref().and_then(|transform| transform.path.clone());
             *message.uri_mut() = path.map_or_else(|| walk.uri.clone(), Uri::from);
@@ -1160,7 +1171,7 @@ impl Proxy {
             }
             None => slot,
         };
-        let result = attempt::run(&this, node, head).await;
+        let result = attempt::run(&this, node, message).await;
         // Answered is done: the token of a write stands for what there was when it was answered.
         drop(slot);
         if let Some(upload) = &walk.upload {

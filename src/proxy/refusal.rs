@@ -91,13 +91,13 @@ impl Proxy {
             log.push(Entry {
                 time: SystemTime::now(),
                 peer: client.origin.peer,
-                line: Line {
+                line: Box::new(Line {
                     target: seen.uri(),
                     version: seen.version,
                     host: None,
                     user_agent: None,
                     request_id: None,
-                },
+                }),
                 method: seen.method,
                 cluster: None,
                 route: None,

@@ -56,7 +56,8 @@ struct NodeBody {
 impl ResponseBody {
     /// An answer of litegate's own.
     pub fn own(body: Bytes, account: Account) -> Self {
-        Self::new(Source::Own(Some(body).filter(|body| !body.is_empty())), account)
+        let source = Source::Own(Some(body).filter(|body| !body.is_empty()));
+        Self(Box::new(Inner { source, account })).begun()
     }
 
     /// What the node sends, over the connection on which its head came at `arrived`.
@@ -77,15 +78,14 @@ impl ResponseBody {
         let broken = false;
         let body =
             NodeBody { incoming, connected, idle, progress, ends_with_connection, turn, broken };
-        Self::new(Source::Node(body), account)
+        Self(Box::new(Inner { source: Source::Node(body), account })).begun()
     }
 
-    fn new(source: Source, account: Account) -> Self {
-        let this = Self(Box::new(Inner { source, account }));
-        if this.is_end_stream() {
-            this.0.account.completed();
+    fn begun(self) -> Self {
+        if self.is_end_stream() {
+            self.0.account.completed();
         }
-        this
+        self
     }
 }
 

@@ -64,13 +64,13 @@ impl Service for Proxy {
         self.reached(limit);
     }
 
-    async fn call(
-        &self,
-        client: &Rc<Client>,
-        conn: &Rc<Conn>,
+    fn call<'c>(
+        &'c self,
+        client: &'c Rc<Client>,
+        conn: &'c Rc<Conn>,
         request: Request<Incoming>,
-    ) -> Response<ResponseBody> {
-        self.call(client, conn, request).await
+    ) -> impl Future<Output = Response<ResponseBody>> {
+        self.call(client, conn, request)
     }
 
     fn refused(&self, client: &Client, refusal: &Refusal<'_>) -> Bytes {

@@ -68,10 +68,10 @@ pub trait Service {
     fn reached(&self, limit: Reached);
 
     /// Answers one request. Dropped when the client goes away.
-    fn call(
-        &self,
-        client: &Rc<Self::Client>,
-        conn: &Rc<Conn>,
+    fn call<'c>(
+        &'c self,
+        client: &'c Rc<Self::Client>,
+        conn: &'c Rc<Conn>,
         request: Request<Incoming>,
     ) -> impl Future<Output = Response<Self::Body>>;
 

@@ -44,7 +44,7 @@ pub struct Entry {
     /// The method, as far as it is known.
     pub method: Option<Method>,
     /// What the client sent.
-    pub line: Line,
+    pub line: Box<Line>,
     /// The cluster.
     pub cluster: Option<Arc<str>>,
     /// The route's place in the file.
@@ -399,7 +399,7 @@ mod tests {
             time: SystemTime::UNIX_EPOCH + Duration::from_millis(1_795_489_445_678),
             peer: "192.0.2.7:4711".parse().unwrap(),
             method: Some(Method::POST),
-            line: Line::of(&target, Version::HTTP_11, &head),
+            line: Box::new(Line::of(&target, Version::HTTP_11, &head)),
             cluster: Some("abaci".into()),
             route: Some(1),
             class: Some(Class::Write),

@@ -345,14 +345,15 @@ where
         self.wire.begin();
         let (sender, driver, ended) = match &mut self.speaks {
             Speaks::Http1 { sender, driver, ended } => (sender, driver, ended),
-            Speaks::H2(_) => return self.exchange_h2(request, gives_up).await,
+            // Boxed: HTTP/1.1, which nodes nearly always speak, is not to make room for it.
+            Speaks::H2(_) => return Box::pin(self.exchange_h2(request, gives_up)).await,
         };
-        let mut response = pin!(sender.send_request(request));
         let wire = &self.wire;
+        let mut response = pin!(sender.send_request(request));
         let result = poll_fn(|cx| {
             if !*ended {
-                *ended = Pin::new(&mut *driver).poll(cx).is_ready();
                 wire.dry.set(false);
+                *ended = Pin::new(&mut *driver).poll(cx).is_ready();
             }
             match response.as_mut().poll(cx) {
                 Poll::Ready(result) => Poll::Ready(Ok(result)),
@@ -435,8 +436,8 @@ where
         if let Speaks::Http1 { driver, ended, .. } = &mut self.speaks
             && !*ended
         {
-            *ended = Pin::new(driver).poll(cx).is_ready();
             self.wire.dry.set(false);
+            *ended = Pin::new(driver).poll(cx).is_ready();
         }
     }
 
@@ -519,13 +520,13 @@ impl AsyncRead for NodeIo {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
         if self.wire.dry.get() || (self.wire.glanced.get() && self.stream.has_nothing()) {
             return Poll::Pending;
         }
+        let before = buf.filled().len();
         let result = Pin::new(&mut (&mut self.stream).take(READ as u64)).poll_read(cx, buf);
-        let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
         self.wire.dry.set(result.is_pending() && self.wire.is_http1());
+        let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
         if !new.is_empty() {
             self.wire.answered.set(true);
             self.wire.heard.set(true);
