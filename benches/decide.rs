@@ -10,6 +10,7 @@ use litegate::{
     decide::{
         Attempt, Because, Cause, Class, Demands, Ended, Failure, FailureKind, History, Request,
         Wanted,
+        answer::Said,
         balance::Load,
         choose::{Rules, choose},
         classify::classify,
@@ -108,7 +109,7 @@ fn decisions(criterion: &mut Criterion) {
     let mut answer = HeaderMap::new();
     answer.insert("content-type", HeaderValue::from_static("application/json"));
     group.bench_function("an answer without a replay", |bench| {
-        bench.iter(|| replay::form(black_box(&answer), false));
+        bench.iter(|| Said::of(black_box(&answer)).form(&answer, false));
     });
     for line in ["instance=abaci-app-0", "region=\"iad,ord,any\";app=abaci;state=a b c;timeout=10s"]
     {
@@ -225,7 +226,10 @@ fn heads(criterion: &mut Criterion) {
     group.bench_function("an answer to the client", |bench| {
         bench.iter_batched_ref(
             || answer.clone(),
-            |head| headers::downstream(black_box(head), false, false, &via),
+            |head| {
+                let said = Said::of(black_box(head));
+                headers::downstream(head, said, false, false, &via);
+            },
             criterion::BatchSize::SmallInput,
         );
     });

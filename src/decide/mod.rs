@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::topology::{NodeId, Role};
 
+pub mod answer;
 pub mod balance;
 pub mod budget;
 pub mod choose;

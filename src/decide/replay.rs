@@ -8,7 +8,7 @@
 
 use std::{fmt::Write as _, time::Duration};
 
-use http::{HeaderMap, HeaderName, HeaderValue, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderName, HeaderValue, uri::PathAndQuery};
 use serde::Deserialize;
 
 /// The response header.
@@ -140,20 +140,8 @@ pub enum Form {
     Json,
 }
 
-/// Which form an answer's head announces. `json`: whether the JSON form is understood here.
-pub fn form(head: &HeaderMap, json: bool) -> Form {
-    let is_json = head.get(header::CONTENT_TYPE).is_some_and(|kind| is_media_type(kind.as_bytes()));
-    if is_json && json {
-        Form::Json
-    } else if head.contains_key(&FLY_REPLAY) || is_json {
-        // A JSON form that is not understood is still no answer for a client.
-        Form::Header
-    } else {
-        Form::None
-    }
-}
-
-fn is_media_type(content_type: &[u8]) -> bool {
+/// Whether it is the type of the JSON form.
+pub(super) fn is_media_type(content_type: &[u8]) -> bool {
     let kind = content_type.split(|byte| *byte == b';').next().unwrap_or_default();
     kind.trim_ascii().eq_ignore_ascii_case(MEDIA_TYPE.as_bytes())
 }
@@ -622,9 +610,10 @@ mod json {
 
 #[cfg(test)]
 mod tests {
+    use http::header;
     use serde_json::{Map, Value, json};
 
-    use super::*;
+    use super::{super::answer::Said, *};
 
     /// The text of a vector, generated where it says so.
     fn text(value: &Value) -> String {
@@ -765,6 +754,7 @@ mod tests {
     #[test]
     fn an_answer_announces_its_form() {
         let mut head = HeaderMap::new();
+        let form = |head: &HeaderMap, json| Said::of(head).form(head, json);
         assert_eq!(form(&head, true), Form::None);
         head.insert(header::CONTENT_TYPE, MEDIA_TYPE.parse().unwrap());
         assert_eq!(form(&head, true), Form::Json);
@@ -773,6 +763,11 @@ mod tests {
         assert_eq!(from_head(&head), Err(ReplayError::Empty));
         head.insert(FLY_REPLAY, "instance=a".parse().unwrap());
         assert_eq!(from_head(&head).unwrap().instance.as_deref(), Some("a"));
+        head.remove(header::CONTENT_TYPE);
+        assert_eq!(form(&head, true), Form::Header);
+        head.append("fly-replay-cache", "/a/*".parse().unwrap());
+        head.remove(FLY_REPLAY);
+        assert_eq!(form(&head, true), Form::None);
     }
 
     #[test]

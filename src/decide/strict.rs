@@ -30,29 +30,22 @@ pub fn coding(head: &HeaderMap) -> Result<(), Problem> {
     Err(if clear { Problem::UnknownCoding } else { Problem::Malformed })
 }
 
-fn is_chunked(value: &HeaderValue) -> bool {
+/// Whether a body is coded as litegate knows it.
+pub(super) fn is_chunked(value: &HeaderValue) -> bool {
     value.as_bytes().eq_ignore_ascii_case(b"chunked")
+}
+
+/// Whether it is the length of a body.
+pub(super) fn is_length(value: &HeaderValue) -> bool {
+    let digits = value.as_bytes();
+    !digits.is_empty() && digits.iter().all(u8::is_ascii_digit)
 }
 
 /// Whether a request's body has one length, if it says any.
 pub fn has_one_length(head: &HeaderMap) -> bool {
     let mut lines = head.get_all(header::CONTENT_LENGTH).iter();
     let first = lines.next();
-    first.is_none_or(|first| {
-        let digits = first.as_bytes();
-        !digits.is_empty() && digits.iter().all(u8::is_ascii_digit)
-    }) && lines.next().is_none()
-}
-
-/// Whether a node's answer says in one way only where its body ends (RFC 9112 section 6.3: to
-/// relay it with both would pass on an attempt at response splitting).
-pub fn is_framed(head: &HeaderMap) -> bool {
-    let mut codings = head.get_all(header::TRANSFER_ENCODING).iter();
-    match (codings.next(), codings.next()) {
-        (None, _) => has_one_length(head),
-        (Some(coding), None) => is_chunked(coding) && !head.contains_key(header::CONTENT_LENGTH),
-        (Some(_), Some(_)) => false,
-    }
+    first.is_none_or(is_length) && lines.next().is_none()
 }
 
 /// What the client expects beyond an answer. RFC 9110 section 10.1.1 knows one thing.
@@ -216,7 +209,7 @@ pub fn trailers(fields: &mut HeaderMap) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::answer::Said, *};
 
     fn head(fields: &[(&'static str, &'static str)]) -> HeaderMap {
         let mut head = HeaderMap::new();
@@ -274,7 +267,7 @@ mod tests {
             (vec![(te, "gzip")], false),
             (vec![(te, "chunked"), (te, "chunked")], false),
         ] {
-            assert_eq!(is_framed(&head(&fields)), framed, "{fields:?}");
+            assert_eq!(Said::of(&head(&fields)).framed, framed, "{fields:?}");
         }
     }
 

@@ -7,7 +7,9 @@ use ::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use crate::{
     config::{self, Config, route::Class as Written},
     decide::{
-        Class, classify,
+        Class,
+        answer::Said,
+        classify,
         route::{self, Head},
         token,
     },
@@ -117,7 +119,8 @@ pub fn headers(data: &[u8]) {
     decided(&original, trusted, upgrade);
 
     let mut answer = original;
-    edits::downstream(&mut answer, upgrade, false, &via);
+    let said = Said::of(&answer);
+    edits::downstream(&mut answer, said, upgrade, false, &via);
     for name in ["keep-alive", "transfer-encoding", "fly-replay", "litegate-token"] {
         assert!(!answer.contains_key(name), "{name} in {answer:?}");
     }

@@ -12,6 +12,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use crate::{
     config::{self, diagnostic::Place},
     decide::{
+        answer::Said,
         replay,
         token::{self, Key, Need, Token, Void},
     },
@@ -35,7 +36,7 @@ pub fn replay(data: &[u8]) {
             let Ok(value) = HeaderValue::from_bytes(line) else { return };
             head.append(replay::FLY_REPLAY, value);
         }
-        replay::form(&head, true);
+        Said::of(&head).form(&head, true);
         replay::from_head(&head)
     };
     let Ok(replay) = parsed else { return };

@@ -18,6 +18,7 @@ use crate::{
     config::cluster::{Mode, OnTimeout},
     decide::{
         Problem,
+        answer::Said,
         outcome::Before,
         token::{Need, TOKEN, Token, Void},
     },
@@ -312,8 +313,9 @@ impl To<'_> {
 }
 
 /// Whether an answer is a write's: the app knows best.
-pub(super) fn wrote(head: &HeaderMap, is_write: bool) -> bool {
-    match head.get(&WRITE).map(HeaderValue::as_bytes) {
+pub(super) fn wrote(head: &HeaderMap, said: Said, is_write: bool) -> bool {
+    let told = said.addressed.then(|| head.get(&WRITE)).flatten();
+    match told.map(HeaderValue::as_bytes) {
         Some(b"1") => true,
         Some(b"0") => false,
         _ => is_write,

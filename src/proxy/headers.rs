@@ -18,7 +18,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 
 use crate::{
-    decide::{replay::Transform, token},
+    decide::{answer::Said, replay::Transform, token},
     server::ClientCertificate,
 };
 
@@ -475,29 +475,23 @@ pub fn switched_h2(head: &mut HeaderMap) {
     head.remove(header::CONTENT_LENGTH);
 }
 
-/// Edits a node's response head for the client. `switching` keeps what a 101 needs; `pass` keeps
-/// `fly-replay*` for a Fly edge in front of litegate.
-pub fn downstream(head: &mut HeaderMap, switching: bool, pass: bool, via: &HeaderValue) {
-    let mut connection = false;
-    let mut hop = false;
-    let mut ours = false;
-    for name in head.keys() {
-        match name.as_str() {
-            "connection" => connection = true,
-            "keep-alive" | "proxy-connection" | "transfer-encoding" | "te" | "upgrade"
-            | "proxy-authenticate" => hop = true,
-            name if name.starts_with("fly-replay") || name.starts_with("litegate-") => ours = true,
-            _ => {}
-        }
-    }
-    if connection {
+/// Edits a node's response head for the client, among which is what is `said`. `switching` keeps what
+/// a 101 needs; `pass` keeps `fly-replay*` for a Fly edge in front of litegate.
+pub fn downstream(
+    head: &mut HeaderMap,
+    said: Said,
+    switching: bool,
+    pass: bool,
+    via: &HeaderValue,
+) {
+    if said.connection {
         if head.get_all(header::CONNECTION).iter().any(names_fields) {
             let original = head.clone();
             remove_named(&original, head);
         }
         head.remove(header::CONNECTION);
     }
-    if hop {
+    if said.hop {
         head.remove("keep-alive");
         head.remove("proxy-connection");
         head.remove(header::TRANSFER_ENCODING);
@@ -507,7 +501,7 @@ pub fn downstream(head: &mut HeaderMap, switching: bool, pass: bool, via: &Heade
             head.remove(header::UPGRADE);
         }
     }
-    if ours {
+    if said.replays || said.addressed {
         strip_ours(head, pass);
     }
     if switching {
@@ -531,34 +525,9 @@ fn strip_ours(head: &mut HeaderMap, pass: bool) {
     }
 }
 
-/// Whether a response is a stream of server-sent events (WHATWG HTML section 9.2), which may well be
-/// silent for long.
-pub(super) fn is_event_stream(headers: &HeaderMap) -> bool {
-    const NAME: &[u8] = b"text/event-stream";
-    let value = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
-    value.and_then(|value| value.split_at_checked(NAME.len())).is_some_and(|(name, rest)| {
-        name.eq_ignore_ascii_case(NAME) && matches!(rest.first(), None | Some(b';' | b' ' | b'\t'))
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn event_streams_are_known_by_their_type() {
-        for (value, want) in [
-            ("text/event-stream", true),
-            ("Text/Event-Stream; charset=utf-8", true),
-            ("text/event-stream ;charset=utf-8", true),
-            ("text/event-streams", false),
-            ("text/event", false),
-            ("text/html", false),
-        ] {
-            assert_eq!(is_event_stream(&head(&[("content-type", value)])), want, "{value}");
-        }
-        assert!(!is_event_stream(&head(&[])));
-    }
 
     fn head(fields: &[(&'static str, &'static str)]) -> HeaderMap {
         let fields = fields.iter();
@@ -823,12 +792,13 @@ mod tests {
             ("x-kept", "1"),
         ];
         let mut answer = head(&fields);
-        downstream(&mut answer, false, false, &via);
+        let said = Said::of(&answer);
+        downstream(&mut answer, said, false, false, &via);
         let names: Vec<_> = answer.keys().map(HeaderName::as_str).collect();
         assert_eq!(names.len(), 2, "{names:?}");
         assert!(answer.contains_key("x-kept") && answer.contains_key("via"));
         let mut passed = head(&fields);
-        downstream(&mut passed, false, true, &via);
+        downstream(&mut passed, said, false, true, &via);
         assert!(passed.contains_key("fly-replay") && !passed.contains_key("litegate-write"));
     }
 

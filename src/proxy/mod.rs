@@ -45,6 +45,7 @@ use crate::{
     decide::{
         self, Attempt, Cause, Class, Ended, Failure, FailureKind, History, HoldFor, Problem,
         Wanted,
+        answer::Said,
         choose::Choice,
         classify::PREFER_INSTANCE,
         next::{Next, Outcome},
@@ -672,10 +673,11 @@ impl Proxy {
             node.load.cells.attempt(Ok(response.status()), took);
             let connected = Connected::new(connection, Rc::clone(&node), places);
 
+            let said = Said::of(response.headers());
             let is_right = if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                 walk.may_switch(response.headers())
             } else {
-                strict::is_framed(response.headers())
+                said.framed
             };
             if !is_right {
                 tried.ended =
@@ -683,7 +685,7 @@ impl Proxy {
                 walk.tried(&mut history, &node, tried);
                 return Err(Problem::BadResponse);
             }
-            let form = replay::form(response.headers(), cluster.config.replay.json);
+            let form = said.form(response.headers(), cluster.config.replay.json);
             if form == Form::None || response.status() == StatusCode::SWITCHING_PROTOCOLS {
                 tried.ended = Ended::Answered(response.status());
                 walk.tried(&mut history, &node, tried);
@@ -707,10 +709,10 @@ impl Proxy {
                         self.tell(walk, cluster, WriteOutcome::Unknown);
                         return Err(Problem::MaybeExecuted);
                     }
-                    let answered =
-                        Answered { node: &node, before: &before, head: response.headers() };
+                    let (node, before, head) = (&*node, &before, response.headers());
+                    let answered = Answered { node, before, head, said };
                     self.acknowledge(walk, cluster, &request, answered).await?;
-                    return Ok(self.relay(walk, cluster, response, connected, now));
+                    return Ok(self.relay(walk, cluster, response, said, connected, now));
                 }
                 self.shard.retried(cluster.index, request.class);
                 report_gateway(cluster, &node);
@@ -1037,11 +1039,12 @@ impl Proxy {
         request: &decide::Request,
         answered: Answered<'_>,
     ) -> Result<(), Problem> {
-        let Answered { node, before, head } = answered;
+        let Answered { node, before, head, said } = answered;
         if let Some(session) = &mut walk.session {
             session.judge_again(cluster).await;
         }
-        let wrote = acknowledge::wrote(head, request.class == Class::Write && !walk.upgrade);
+        let is_write = request.class == Class::Write && !walk.upgrade;
+        let wrote = acknowledge::wrote(head, said, is_write);
         let lost = walk.session.as_ref().is_some_and(|session| session.lost);
         if !wrote && !lost {
             return Ok(());
@@ -1229,44 +1232,45 @@ impl Proxy {
         &self,
         walk: &mut Walk<'_>,
         cluster: &Cluster,
-        response: Response<Incoming>,
+        mut response: Response<Incoming>,
+        said: Said,
         connected: Connected,
         arrived: Instant,
     ) -> Answer {
-        let (mut parts, incoming) = response.into_parts();
-        let switching = parts.status == StatusCode::SWITCHING_PROTOCOLS && walk.upgrade;
-        headers::downstream(&mut parts.headers, switching, cluster.config.replay.pass, &self.via);
-        if parts.status == StatusCode::NO_CONTENT {
+        let status = response.status();
+        let switching = status == StatusCode::SWITCHING_PROTOCOLS && walk.upgrade;
+        let head = response.headers_mut();
+        headers::downstream(head, said, switching, cluster.config.replay.pass, &self.via);
+        if status == StatusCode::NO_CONTENT {
             // RFC 9110 section 8.6: a client that believed it would take the next answer for the
             // body of this one.
-            parts.headers.remove(header::CONTENT_LENGTH);
+            head.remove(header::CONTENT_LENGTH);
         }
         for (name, value) in walk.fields.drain(..) {
-            parts.headers.append(name, value);
+            head.append(name, value);
         }
         if let Some(upload) = &walk.upload {
             upload.settle();
         }
         let mut connected = connected;
         if switching {
-            let protocol = parts.headers.get(header::UPGRADE);
+            let protocol = head.get(header::UPGRADE);
             debug_assert!(protocol.is_some(), "a 101 names its protocol");
             let websocket =
                 protocol.is_some_and(|p| p.as_bytes().eq_ignore_ascii_case(b"websocket"));
             connected = self.tunnel(walk, cluster, connected, websocket);
             if matches!(walk.version, Version::HTTP_2 | Version::HTTP_3) {
                 // RFC 8441 section 5: as a CONNECT is answered.
-                parts.status = StatusCode::OK;
-                headers::switched_h2(&mut parts.headers);
+                headers::switched_h2(head);
+                *response.status_mut() = StatusCode::OK;
             }
         } else if walk.conn.must_close() {
-            parts.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            head.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
-        parts.version = Version::HTTP_11;
+        *response.version_mut() = Version::HTTP_11;
         let timeouts = &cluster.config.timeouts;
-        let is_stream = headers::is_event_stream(&parts.headers);
-        let idle = if is_stream { timeouts.stream_idle } else { timeouts.idle };
-        Answer { response: Response::from_parts(parts, incoming), connected, idle, arrived }
+        let idle = if said.events { timeouts.stream_idle } else { timeouts.idle };
+        Answer { response, connected, idle, arrived }
     }
 
     /// After the 101 the two sockets are joined. One that may write follows the primary; the
@@ -1417,6 +1421,7 @@ struct Answered<'a> {
     before: &'a Before,
     head: &'a http::HeaderMap,
 }
+    said: Said,
 
 /// A node's answer, ready for the client.
 struct Answer {
