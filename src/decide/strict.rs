@@ -110,6 +110,8 @@ pub fn is_underscored(name: &HeaderName) -> bool {
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is there or not, whatever the others are")]
 pub struct Peculiar {
+    /// `Host`
+    pub hosts: bool,
     /// `Transfer-Encoding`: see [`coding`].
     pub coded: bool,
     /// `Content-Length`: see [`has_one_length`].
@@ -135,24 +137,38 @@ impl Peculiar {
     pub fn of(head: &HeaderMap) -> Self {
         let mut seen = Self::default();
         for name in head.keys() {
-            match name.as_str() {
-                "transfer-encoding" => seen.coded = true,
-                "content-length" => seen.sized = true,
-                "expect" => seen.expects = true,
-                "upgrade" => seen.upgrades = true,
-                "via" => seen.passed = true,
-                "cookie" => seen.cookies = true,
-                other => {
-                    // A name is short: a search that looks at many bytes at once begins too late.
-                    for byte in other.bytes() {
-                        seen.underscored |= byte == b'_';
-                        seen.quoted |= byte == b'"';
-                    }
-                    seen.addressed |= other.starts_with("litegate-");
-                }
+            match *name {
+                header::HOST => seen.hosts = true,
+                header::TRANSFER_ENCODING => seen.coded = true,
+                header::CONTENT_LENGTH => seen.sized = true,
+                header::EXPECT => seen.expects = true,
+                header::UPGRADE => seen.upgrades = true,
+                header::VIA => seen.passed = true,
+                header::COOKIE => seen.cookies = true,
+                // Most have these, and nothing is peculiar about their names.
+                header::ACCEPT
+                | header::ACCEPT_ENCODING
+                | header::ACCEPT_LANGUAGE
+                | header::AUTHORIZATION
+                | header::CACHE_CONTROL
+                | header::CONNECTION
+                | header::CONTENT_TYPE
+                | header::ORIGIN
+                | header::REFERER
+                | header::USER_AGENT => {}
+                ref other => seen.look_at(other.as_str()),
             }
         }
         seen
+    }
+
+    fn look_at(&mut self, name: &str) {
+        // A name is short: a search that looks at many bytes at once begins too late.
+        for byte in name.bytes() {
+            self.underscored |= byte == b'_';
+            self.quoted |= byte == b'"';
+        }
+        self.addressed |= name.starts_with("litegate-");
     }
 }
 
@@ -242,8 +258,9 @@ mod tests {
 
     #[test]
     fn what_wants_a_look_is_seen() {
-        let of = |name| Peculiar::of(&head(&[("host", "a"), (name, "b")]));
+        let of = |name| Peculiar::of(&head(&[("accept", "a"), (name, "b")]));
         assert_eq!(of("x-a"), Peculiar::default());
+        assert!(of("host").hosts);
         assert!(of("transfer-encoding").coded && of("content-length").sized);
         assert!(of("expect").expects && of("upgrade").upgrades && of("via").passed);
         assert!(of("cookie").cookies && of("x_a").underscored && of("litegate-token").addressed);

@@ -802,7 +802,8 @@ impl Proxy {
         if walk.uri.path() == "*" && walk.method != Method::OPTIONS {
             return Err(Problem::Malformed);
         }
-        let mut hosts = walk.headers.get_all(header::HOST).iter();
+        let hosts = walk.peculiar.hosts.then(|| walk.headers.get_all(header::HOST));
+        let mut hosts = hosts.iter().flatten();
         let host = hosts.next();
         // RFC 9112 section 3.2: exactly one, with HTTP/1.1.
         if hosts.next().is_some() || (host.is_none() && walk.version == Version::HTTP_11) {
@@ -896,8 +897,8 @@ impl Proxy {
             return Err(Problem::Malformed);
         }
         let authority = walk.uri.authority().map(Authority::as_str);
-        let host = walk.headers.get(header::HOST).map(HeaderValue::as_bytes);
-        match (authority, host) {
+        let host = walk.peculiar.hosts.then(|| walk.headers.get(header::HOST)).flatten();
+        match (authority, host.map(HeaderValue::as_bytes)) {
             (None, None) => return Err(Problem::Malformed),
             // RFC 9113 section 8.3.1: they must not differ.
             (Some(authority), Some(host)) if !host.eq_ignore_ascii_case(authority.as_bytes()) => {
@@ -1420,8 +1421,8 @@ struct Answered<'a> {
     /// Where it was before.
     before: &'a Before,
     head: &'a http::HeaderMap,
-}
     said: Said,
+}
 
 /// A node's answer, ready for the client.
 struct Answer {

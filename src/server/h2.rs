@@ -77,10 +77,12 @@ pub(super) async fn serve<S: Service + 'static>(
             // What a CONNECT brings after its head is the tunnel's.
             let (body, tunnel) = if parts.method == Method::CONNECT {
                 (Incoming::empty(), Some(body))
-            } else {
-                let expects = has_body && super::expects_continue(&parts.headers);
+            } else if has_body {
+                let expects = super::expects_continue(&parts.headers);
                 let expects = expects.then(|| Rc::clone(&conn));
                 (Incoming::h2(body, &parts.headers, expects), None)
+            } else {
+                (Incoming::empty(), None)
             };
             let request = http::Request::from_parts(parts, body);
             let response = {

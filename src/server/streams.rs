@@ -128,13 +128,11 @@ fn interim(head: &[u8]) -> Option<Response<()>> {
 
 /// RFC 9113 section 8.2.2: nothing of the connection is said here.
 fn is_of_the_connection(name: &HeaderName) -> bool {
-    matches!(
-        name.as_str(),
-        "connection" | "keep-alive" | "proxy-connection" | "te" | "transfer-encoding" | "upgrade"
-    )
+    matches!(*name, header::CONNECTION | header::TE | header::TRANSFER_ENCODING | header::UPGRADE)
+        || matches!(name.as_str(), "keep-alive" | "proxy-connection")
 }
 
-/// Removes what is of the connection: nothing, nearly always.
+/// Removes what is of the connection.
 pub(super) fn strip(head: &mut HeaderMap) {
     while let Some(name) = head.keys().find(|name| is_of_the_connection(name)).cloned() {
         head.remove(name);
@@ -143,14 +141,23 @@ pub(super) fn strip(head: &mut HeaderMap) {
 
 /// Makes an answer's head one of HTTP/2 or HTTP/3, with its date, and its length if that is known.
 pub(super) fn complete(fields: &mut HeaderMap, length: Option<u64>) {
-    strip(fields);
+    let (mut dated, mut sized, mut foreign) = (false, false, false);
+    for name in fields.keys() {
+        match *name {
+            header::DATE => dated = true,
+            header::CONTENT_LENGTH => sized = true,
+            ref name => foreign |= is_of_the_connection(name),
+        }
+    }
+    // Nearly never: a node's were left out before.
+    if foreign {
+        strip(fields);
+    }
     // RFC 9110 section 6.6.1: whoever gets a message without one notes when it came.
-    if !fields.contains_key(header::DATE)
-        && let Ok(now) = HeaderValue::from_str(&httpdate::fmt_http_date(SystemTime::now()))
-    {
+    if !dated && let Ok(now) = HeaderValue::from_str(&httpdate::fmt_http_date(SystemTime::now())) {
         fields.insert(header::DATE, now);
     }
-    if let Some(length) = length.filter(|_| !fields.contains_key(header::CONTENT_LENGTH)) {
+    if let Some(length) = length.filter(|_| !sized) {
         fields.insert(header::CONTENT_LENGTH, length.into());
     }
 }
@@ -180,10 +187,11 @@ where
     let mut waiting: Option<(Bytes, bool)> = None;
     // An error means that the stream is over, and there is nobody to tell.
     let sent = poll_fn(|cx| {
+        // Nothing is read from the client before this is polled again.
+        if stream.poll_reset(cx)?.is_ready() {
+            return Poll::Ready(Ok::<_, h2::Error>(()));
+        }
         loop {
-            if stream.poll_reset(cx)?.is_ready() {
-                return Poll::Ready(Ok::<_, h2::Error>(()));
-            }
             if let Some((mut data, is_last)) = waiting.take() {
                 let room = loop {
                     match stream.capacity() {
