@@ -331,8 +331,8 @@ impl View<'_> {
             let candidate = Candidate { index, node, load };
             if load.full { &mut full } else { &mut candidates }.push(candidate);
         }
-        let candidates = if candidates.is_empty() { full } else { candidates };
-        balance::pick(&candidates, &self.rules.balance, self.chance, self.now)
+        let candidates = if candidates.is_empty() { &full } else { &candidates };
+        balance::pick(candidates, &self.rules.balance, self.chance, self.now)
     }
 }
 
