@@ -9,6 +9,7 @@ pub mod proxy_protocol;
 #[cfg(any(test, fuzzing))]
 #[cfg_attr(fuzzing, allow(dead_code, reason = "the simulation breaks links, fuzzing does not"))]
 pub(crate) mod simulated;
+mod socket;
 pub mod tls;
 mod tunnel;
 
@@ -22,6 +23,7 @@ use std::{
 
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
+pub use socket::Socket;
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
@@ -33,7 +35,7 @@ pub use tunnel::Tunnel;
 #[derive(Debug)]
 pub enum Stream {
     /// A socket.
-    Plain(TcpStream),
+    Plain(Socket),
     /// A socket below TLS. Boxed: the session is hundreds of bytes, and streams are moved.
     Tls(Box<TlsStream<TcpStream>>),
     /// A stream of an HTTP/2 connection that became a tunnel.
@@ -58,7 +60,7 @@ impl<T: AsyncRead + AsyncWrite + std::fmt::Debug + Unpin + Send> Duplex for T {}
 
 impl From<TcpStream> for Stream {
     fn from(socket: TcpStream) -> Self {
-        Self::Plain(socket)
+        Self::Plain(socket.into())
     }
 }
 
@@ -72,13 +74,13 @@ impl Stream {
         if let Some(network) = simulated::Network::current() {
             return network.connect(address).await.map(Self::Simulated);
         }
-        TcpStream::connect(address).await.map(Self::Plain)
+        TcpStream::connect(address).await.map(Self::from)
     }
 
     /// The socket at the bottom, if it is this stream's alone.
     fn socket(&self) -> Option<&TcpStream> {
         match self {
-            Self::Plain(socket) => Some(socket),
+            Self::Plain(socket) => Some(socket.get()),
             Self::Tls(session) => Some(session.get_ref().0),
             Self::Tunnel(_) | Self::Upgraded(_) => None,
             #[cfg(feature = "http3")]
@@ -153,7 +155,7 @@ impl AsyncRead for Stream {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Plain(socket) => Pin::new(socket).poll_read(cx, buf),
+            Self::Plain(socket) => socket.poll_read(cx, buf),
             Self::Tls(session) => Pin::new(session).poll_read(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_read(cx, buf),
             Self::Upgraded(stream) => Pin::new(stream).poll_read(cx, buf),
@@ -172,7 +174,7 @@ impl AsyncWrite for Stream {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Plain(socket) => Pin::new(socket).poll_write(cx, buf),
+            Self::Plain(socket) => Pin::new(socket.get_mut()).poll_write(cx, buf),
             Self::Tls(session) => Pin::new(session).poll_write(cx, buf),
             Self::Tunnel(stream) => Pin::new(stream).poll_write(cx, buf),
             Self::Upgraded(stream) => Pin::new(stream).poll_write(cx, buf),
@@ -189,7 +191,7 @@ impl AsyncWrite for Stream {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Plain(socket) => Pin::new(socket).poll_write_vectored(cx, bufs),
+            Self::Plain(socket) => Pin::new(socket.get_mut()).poll_write_vectored(cx, bufs),
             Self::Tls(session) => Pin::new(session).poll_write_vectored(cx, bufs),
             Self::Tunnel(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Self::Upgraded(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
@@ -219,7 +221,7 @@ impl AsyncWrite for Stream {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Plain(socket) => Pin::new(socket).poll_shutdown(cx),
+            Self::Plain(socket) => Pin::new(socket.get_mut()).poll_shutdown(cx),
             Self::Tls(session) => Pin::new(session).poll_shutdown(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Upgraded(stream) => Pin::new(stream).poll_shutdown(cx),

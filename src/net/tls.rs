@@ -242,7 +242,7 @@ impl Connector {
         let name = self.tls.files.name.clone();
         let name = name.unwrap_or_else(|| address.ip().to_canonical().into());
         let connector = TlsConnector::from(self.config(offer));
-        let session = connector.connect(name, socket).await.map_err(TlsError::from);
+        let session = connector.connect(name, socket.into_inner()).await.map_err(TlsError::from);
         let session = session.and_then(|session| {
             let (_, connection) = session.get_ref();
             let h2 = match (offer, connection.alpn_protocol()) {

@@ -491,6 +491,7 @@ pub(crate) async fn run<S: Service + 'static>(
         // Nobody accepts anything else.
         let Stream::Plain(socket) = stream else { return };
         // Boxed, so that other connections do not pay for the space.
+        let socket = socket.into_inner();
         let met =
             Box::pin(meet(socket, origin, &door, &*service, &limits, &handshakes, &drain)).await;
         let Some(met) = met else { return };

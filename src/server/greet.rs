@@ -74,7 +74,7 @@ pub(super) async fn meet<S: Service>(
     }
     let place = service.admit(&origin)?;
     let Some(tls) = &door.tls else {
-        let (stream, protocol) = (Stream::Plain(socket), door.clear());
+        let (stream, protocol) = (Stream::from(socket), door.clear());
         return Some(Met { stream, place, ahead, origin, certificate: None, protocol });
     };
     // What is neither the PROXY protocol nor left with the socket is no TLS either.
