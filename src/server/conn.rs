@@ -28,6 +28,7 @@ use tokio::{
     io::AsyncReadExt as _,
     net::TcpStream,
     sync::Semaphore,
+    task::coop,
     time::{Instant, sleep_until},
 };
 
@@ -637,6 +638,8 @@ async fn active<S: Service + 'static>(
     let mut http = builder.serve_connection(io, answer);
 
     let mut timer = pin!(sleep_until(Instant::now() + TICK));
+    // Whom the timer wakes. It is asked when it has gone off, and not whenever anything happens.
+    let mut armed: Option<Waker> = None;
     let stop = poll_fn(|cx| {
         loop {
             if let Poll::Ready(result) = Pin::new(&mut http).poll(cx) {
@@ -647,9 +650,17 @@ async fn active<S: Service + 'static>(
                 && at < timer.deadline()
             {
                 timer.as_mut().reset(at);
+                armed = None;
             }
             let mut poll_again = false;
-            while timer.as_mut().poll(cx).is_ready() {
+            while timer.is_elapsed() || !armed.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
+                // Without a budget the runtime has the task come again, and notes nothing.
+                let is_asked = coop::has_budget_remaining();
+                if timer.as_mut().poll(cx).is_pending() {
+                    armed = is_asked.then(|| cx.waker().clone());
+                    break;
+                }
+                armed = None;
                 let now = Instant::now();
                 match conn.look(now, &limits) {
                     Look::At(at) => timer.as_mut().reset(at),
