@@ -25,7 +25,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 pub use socket::Socket;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
 use tokio_rustls::TlsStream;
@@ -111,13 +111,6 @@ impl Stream {
         let how = socket2::TcpKeepalive::new();
         let how = how.with_time(idle).with_interval(interval).with_retries(retries);
         socket2::SockRef::from(socket).set_tcp_keepalive(&how)
-    }
-
-    /// Whether it is known without a look that there is nothing to read: the runtime has seen all that
-    /// came, and read it. Below TLS nobody knows.
-    pub fn has_nothing(&self) -> bool {
-        let Self::Plain(socket) = self else { return false };
-        socket.try_io(Interest::READABLE, || Ok(())).is_err()
     }
 
     /// Waits until there may be something to read. Exact for a socket; below TLS it may be a

@@ -87,11 +87,6 @@ pub struct Wire {
     broken: Cell<bool>,
     /// The socket takes nothing at present.
     blocked: Cell<bool>,
-    /// The socket had nothing to read since HTTP/1.1's machinery was last polled, and wakes whoever
-    /// polled: that asks up to three times in a row.
-    dry: Cell<bool>,
-    /// It is only looked at: nobody is to be woken by what may come.
-    glanced: Cell<bool>,
     /// Bytes of a request body that HTTP/1.1's machinery has and the socket may not have yet. Of
     /// HTTP/2 nothing is counted: windows do that.
     unsent: Option<Cell<usize>>,
@@ -204,11 +199,6 @@ impl Wire {
         }
     }
 
-    /// Whether HTTP/1.1's machinery alone reads the socket, and is polled by whoever uses it.
-    fn is_http1(&self) -> bool {
-        self.unsent.is_some()
-    }
-
     fn begin(&self) {
         self.written.set(false);
         self.answered.set(false);
@@ -316,9 +306,7 @@ where
     /// Nobody is to be woken by what is seen here. With a real waker the request that is sent next
     /// would wake the very task that sends it, and whoever used the connection last as well.
     pub fn is_usable(&mut self) -> bool {
-        self.wire.glanced.set(true);
         self.poll_driver(&mut Context::from_waker(Waker::noop()));
-        self.wire.glanced.set(false);
         self.is_ready()
     }
 
@@ -348,11 +336,9 @@ where
             // Boxed: HTTP/1.1, which nodes nearly always speak, is not to make room for it.
             Speaks::H2(_) => return Box::pin(self.exchange_h2(request, gives_up)).await,
         };
-        let wire = &self.wire;
         let mut response = pin!(sender.send_request(request));
         let result = poll_fn(|cx| {
             if !*ended {
-                wire.dry.set(false);
                 *ended = Pin::new(&mut *driver).poll(cx).is_ready();
             }
             match response.as_mut().poll(cx) {
@@ -436,7 +422,6 @@ where
         if let Speaks::Http1 { driver, ended, .. } = &mut self.speaks
             && !*ended
         {
-            self.wire.dry.set(false);
             *ended = Pin::new(driver).poll(cx).is_ready();
         }
     }
@@ -520,12 +505,8 @@ impl AsyncRead for NodeIo {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.wire.dry.get() || (self.wire.glanced.get() && self.stream.has_nothing()) {
-            return Poll::Pending;
-        }
         let before = buf.filled().len();
         let result = Pin::new(&mut (&mut self.stream).take(READ as u64)).poll_read(cx, buf);
-        self.wire.dry.set(result.is_pending() && self.wire.is_http1());
         let new = buf.filled_mut().get_mut(before..).unwrap_or_default();
         if !new.is_empty() {
             self.wire.answered.set(true);
