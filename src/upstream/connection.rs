@@ -639,7 +639,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_with_more_than_the_answer_is_not_used_again() {
         const MORE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\n";
-        let (mut connection, _go) = used(MORE, "").await;
+        let (connection, _go) = used(MORE, "").await;
         assert!(!connection.is_ready());
     }
 }
