@@ -10,7 +10,6 @@
 use std::{
     cell::RefCell,
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    sync::LazyLock,
 };
 
 use bytes::{BufMut as _, BytesMut};
@@ -160,41 +159,6 @@ pub struct Extra {
     pub transform: Option<Box<Transform>>,
 }
 
-/// The fields of ours that a stranger's request gets, in the order of [`begun`] and without their
-/// values: to copy a map costs half of what it costs to make one.
-static OURS: LazyLock<HeaderMap> = LazyLock::new(|| {
-    let names = [
-        header::HOST,
-        FORWARDED_FOR,
-        header::FORWARDED,
-        FORWARDED_PROTO,
-        FORWARDED_PORT,
-        REAL_IP,
-        FORWARDED_HOST,
-    ];
-    let empty = HeaderValue::from_static("");
-    names.into_iter().map(|name| (name, empty.clone())).collect()
-});
-
-/// A head with those fields, to which `more` are added.
-fn begun(host: &HeaderValue, peer: &Peer, more: usize) -> HeaderMap {
-    let mut head = OURS.clone();
-    let values = [
-        host.clone(),
-        peer.address.clone(),
-        peer.element(Some(host)),
-        HeaderValue::from_static(peer.proto),
-        peer.port.clone(),
-        peer.address.clone(),
-        host.clone(),
-    ];
-    for (field, value) in head.values_mut().zip(values) {
-        *field = value;
-    }
-    head.reserve(more);
-    head
-}
-
 /// The head that a node gets.
 ///
 /// `original` is what the client sent; `host` replaces its `Host` (the authority of an
@@ -208,15 +172,10 @@ pub fn upstream(
     via: &HeaderValue,
     extra: &Extra,
 ) -> HeaderMap {
+    // Seven fields of ours come on top of the client's.
+    let mut head = HeaderMap::with_capacity(original.len() + 8);
     let host = host.or_else(|| original.get(header::HOST));
-    let begun = host.filter(|_| !peer.trusted).map(|host| begun(host, peer, original.len() + 1));
-    let is_ours = begun.is_some();
-    let mut head = begun.unwrap_or_else(|| {
-        // Seven fields of ours come on top of the client's.
-        let mut head = HeaderMap::with_capacity(original.len() + 8);
-        head.insert(header::HOST, host.cloned().unwrap_or_else(|| HeaderValue::from_static("")));
-        head
-    });
+    head.insert(header::HOST, host.cloned().unwrap_or_else(|| HeaderValue::from_static("")));
 
     let mut named = false;
     let mut trailers = false;
@@ -249,11 +208,7 @@ pub fn upstream(
         head.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     }
     head.append(header::VIA, via.clone());
-    // `Connection` may have named what was there already, and can't take it away.
-    if !is_ours || named {
-        forwarded(&mut head, host, peer);
-    }
-    certified(&mut head, peer);
+    forwarded(&mut head, host, peer);
     for (name, value) in [
         ("fly-replay-src", &extra.replay_src),
         ("fly-replay-failed", &extra.replay_failed),
@@ -305,16 +260,12 @@ fn forwarded(head: &mut HeaderMap, host: Option<&HeaderValue>, peer: &Peer) {
         if let Some(host) = host {
             head.insert(FORWARDED_HOST, host.clone());
         }
-    }
-}
-
-/// Passes on what a stranger proved of itself.
-fn certified(head: &mut HeaderMap, peer: &Peer) {
-    if let Some(certificate) = &peer.certificate {
-        head.insert(CLIENT_CERT, certificate.clone());
-    }
-    if let Some(subject) = &peer.subject {
-        head.insert(CLIENT_CERT_SUBJECT, subject.clone());
+        if let Some(certificate) = &peer.certificate {
+            head.insert(CLIENT_CERT, certificate.clone());
+        }
+        if let Some(subject) = &peer.subject {
+            head.insert(CLIENT_CERT_SUBJECT, subject.clone());
+        }
     }
 }
 
