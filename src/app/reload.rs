@@ -61,8 +61,9 @@ pub(super) async fn follow(
         }
     };
     let mut text = std::fs::read_to_string(&path).unwrap_or_default();
-    // It may have changed between being loaded and being watched.
-    if load::load(&path, std::env::vars()).is_ok_and(|config| config != running) {
+    // It may have changed between being loaded and being watched, to something wrong too.
+    let is_in_force = load::load(&path, std::env::vars()).is_ok_and(|config| config == running);
+    if !text.is_empty() && !is_in_force {
         reload(&path, &orders, &metrics).await;
     }
     drop(running);
