@@ -25,7 +25,7 @@ use crate::topology::{
 /// two databases.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Before {
-    /// The process.
+    /// The process, if what it writes is in its own history.
     incarnation: Option<u64>,
     /// Whether it said that it was the primary.
     is_primary: bool,
@@ -33,11 +33,15 @@ pub struct Before {
 }
 
 impl Before {
-    /// As its feed has it.
-    pub fn of(positions: &Positions) -> Self {
+    /// As its feed has it. `chosen`: the write goes there because it is believed to be the primary.
+    ///
+    /// Where neither is so, a replay named the node: what it writes, by LiteFS's halt lock or
+    /// somewhere else, is in another's history, and says nothing of whether it is in its own. It may
+    /// have been primary itself, and have followed its successor far beyond where that began.
+    pub fn of(positions: &Positions, chosen: bool) -> Self {
         let databases = positions.iter().map(|(database, _, position)| (database, position));
-        let (incarnation, is_primary) = (positions.incarnation, positions.is_primary);
-        let is_primary = is_primary == Some(true);
+        let is_primary = positions.is_primary == Some(true);
+        let incarnation = positions.incarnation.filter(|_| chosen || is_primary);
         Self { incarnation, is_primary, databases: databases.collect() }
     }
 
@@ -172,7 +176,7 @@ mod tests {
     }
 
     fn before(databases: &[(&str, Position)]) -> Before {
-        Before::of(&positions(1, databases))
+        Before::of(&positions(1, databases), true)
     }
 
     #[test]
@@ -235,6 +239,29 @@ mod tests {
         }
         assert!(!is_left_behind(&before, &[epoch(1, None)], true));
         assert!(!is_left_behind(&before, &[epoch(1, None), epoch(2, None)], true));
+    }
+
+    #[test]
+    fn nothing_is_proved_of_a_write_that_a_follower_had() {
+        // It was primary up to 3, and has followed its successor since.
+        let end = Some(Arc::new(positions(1, &[("a", at(3, 1))])));
+        let began = Some(Arc::new(positions(2, &[("a", at(3, 1))])));
+        let next = Epoch { began, ..epoch(2, Some(&[("a", at(3, 1))])) };
+        let lineage = [Epoch { end, ..epoch(1, None) }, next];
+        let mut here = positions(1, &[("a", at(9, 2))]);
+        for (claims, chosen, proved) in [
+            (Some(true), true, true),
+            (Some(false), true, true),
+            (Some(true), false, true),
+            (Some(false), false, false),
+            (None, false, false),
+        ] {
+            here.is_primary = claims;
+            let before = Before::of(&here, chosen);
+            assert_eq!(is_left_behind(&before, &lineage, true), proved);
+            let verdict = if proved { NOT_COMMITTED } else { UNKNOWN };
+            assert_eq!(judge(&before, &lineage, true, true), verdict);
+        }
     }
 
     #[test]

@@ -97,8 +97,12 @@ impl To<'_> {
                     self.cluster.void(Void::Lost);
                     self.lost(fields, true);
                 }
-                for (database, position) in &need.databases {
-                    self.progress.acknowledge(*database, position.txid);
+                // Of another's history, this node will not lose anything when it is deposed, and
+                // has not if it was: a replay may have had it answer.
+                if need.lineage == self.progress.get().incarnation {
+                    for (database, position) in &need.databases {
+                        self.progress.acknowledge(*database, position.txid);
+                    }
                 }
                 self.give(need, fields);
             }

@@ -459,20 +459,9 @@ impl Proxy {
             cluster.topology.borrow_mut().latest(),
             region,
         )?;
-        let (trusted, secure) = (walk.client.peer.trusted, walk.is_secure());
-        let cookie = cluster.cookie(secure);
         walk.scope =
             route.causal.map(|scope| decide::route::scope(scope, route.index, walk.uri.path()));
-        walk.session = session::of(
-            &walk.headers,
-            walk.peculiar,
-            trusted,
-            cluster,
-            cookie,
-            walk.scope,
-            &mut request,
-        )
-        .await?;
+        walk.meet(cluster, &mut request).await?;
         walk.request = Some(request);
         if walk.client.peer.trusted && request.class == Class::Read {
             walk.preferred = walk.headers.get(&PREFER_INSTANCE).cloned();
@@ -542,16 +531,7 @@ impl Proxy {
                 now = Instant::now();
                 match &mut walk.session {
                     Some(session) if session.unread => {
-                        walk.session = session::of(
-                            &walk.headers,
-                            walk.peculiar,
-                            trusted,
-                            cluster,
-                            cookie,
-                            walk.scope,
-                            &mut request,
-                        )
-                        .await?;
+                        walk.meet(cluster, &mut request).await?;
                     }
                     Some(session) => {
                         session.judge_again(cluster).await;
@@ -611,7 +591,7 @@ impl Proxy {
             let node = cluster.node(index).ok_or(Problem::Internal)?;
             let mut tried = Attempt { node: node.id, role, cause, ended: Ended::Replayed };
             let before = match request.class {
-                Class::Write => Before::of(&node.load.progress.get()),
+                Class::Write => Before::of(&node.load.progress.get(), role == Role::Primary),
                 Class::Read => Before::default(),
             };
             let outcome = {
@@ -1372,6 +1352,20 @@ struct Walk<'p> {
 }
 
 impl Walk<'_> {
+    /// Reads what the client has to see of the cluster, and notes in `request` what a read must find.
+    async fn meet(
+        &mut self,
+        cluster: &Cluster,
+        request: &mut decide::Request,
+    ) -> Result<(), Problem> {
+        let (peculiar, trusted) = (self.peculiar, self.client.peer.trusted);
+        let (cookie, scope) = (cluster.cookie(self.is_secure()), self.scope);
+        let headers = &self.headers;
+        self.session =
+            session::of(headers, peculiar, trusted, cluster, cookie, scope, request).await?;
+        Ok(())
+    }
+
     /// Whether the client came by https: by its own connection, or where a trusted proxy's word is
     /// there, by that.
     fn is_secure(&self) -> bool {

@@ -209,15 +209,19 @@ async fn over_h1(mut stream: Box<dyn Stream>, host: &str) -> Result<Socket, End>
     stream.write_all(ask.as_bytes()).await.map_err(wrong)?;
     stream.flush().await.map_err(wrong)?;
     let mut came = BytesMut::new();
-    let end = loop {
-        if let Some(at) = came.windows(4).position(|end| end == b"\r\n\r\n") {
-            break at + 4;
-        }
-        if stream.read_buf(&mut came).await.map_err(wrong)? == 0 {
-            return Err(End::Wrong("no answer to an upgrade".to_owned()));
+    let head = loop {
+        let Some(at) = came.windows(4).position(|end| end == b"\r\n\r\n") else {
+            if stream.read_buf(&mut came).await.map_err(wrong)? == 0 {
+                return Err(End::Wrong("no answer to an upgrade".to_owned()));
+            }
+            continue;
+        };
+        let head = String::from_utf8_lossy(&came.split_to(at + 4)).to_ascii_lowercase();
+        // RFC 9110 section 15.2: any number of interim answers comes first. 101 is the final one.
+        if !head.starts_with("http/1.1 1") || head.starts_with("http/1.1 101") {
+            break head;
         }
     };
-    let head = String::from_utf8_lossy(&came.split_to(end)).to_ascii_lowercase();
     let field = |name: &str| {
         let line = head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
         line.map(|value| value.trim().to_owned())
