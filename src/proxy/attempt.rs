@@ -1,9 +1,16 @@
 //! One try on one node: a connection, the request, the head of the answer.
 
-use std::{rc::Rc, task::Context, time::Duration};
+use std::{
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
 
+use bytes::Bytes;
 use http::{Request, Response};
-use hyper::body::Incoming;
+use http_body::Frame;
+use hyper::body::{Body as _, Incoming};
 use tokio::time::{Instant, timeout};
 
 use super::{
@@ -71,6 +78,18 @@ impl Connected {
         if let Some(connection) = &mut self.connection {
             connection.poll_driver(cx);
         }
+    }
+
+    /// The next frame of the answer, if it is there. Another comes only when the exchange goes on:
+    /// whoever lets it, which is nobody else on HTTP/1.1, has no need to be woken for that.
+    pub(super) fn poll_frame(
+        &self,
+        incoming: &mut Incoming,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let is_driven = self.connection.as_ref().is_some_and(|connection| !connection.is_shared());
+        let mut nobody = Context::from_waker(Waker::noop());
+        Pin::new(incoming).poll_frame(if is_driven { &mut nobody } else { cx })
     }
 
     /// The answer is complete, at about `now`: keeps the connection, if it can carry another.

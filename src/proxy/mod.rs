@@ -1358,8 +1358,14 @@ impl Walk<'_> {
         cluster: &Cluster,
         request: &mut decide::Request,
     ) -> Result<(), Problem> {
-        let (peculiar, trusted) = (self.peculiar, self.client.peer.trusted);
-        let (cookie, scope) = (cluster.cookie(self.is_secure()), self.scope);
+        let (peculiar, trusted, scope) = (self.peculiar, self.client.peer.trusted, self.scope);
+        let is_plain = !peculiar.cookies && !peculiar.addressed && scope.is_none();
+        if is_plain && request.demands == decide::Demands::default() {
+            // Most requests: for them, nothing is looked up, and no future is made.
+            self.session = None;
+            return Ok(());
+        }
+        let cookie = cluster.cookie(self.is_secure());
         let headers = &self.headers;
         self.session =
             session::of(headers, peculiar, trusted, cluster, cookie, scope, request).await?;

@@ -146,11 +146,11 @@ impl NodeBody {
         if self.broken {
             return Poll::Ready(Some(Err(self.abort(account))));
         }
-        let mut polled = Pin::new(&mut self.incoming).poll_frame(cx);
+        let mut polled = self.connected.poll_frame(&mut self.incoming, cx);
         if polled.is_pending() {
             // Asking for a frame made hyper want one; now it may read.
             self.connected.poll(cx);
-            polled = Pin::new(&mut self.incoming).poll_frame(cx);
+            polled = self.connected.poll_frame(&mut self.incoming, cx);
         }
         let mut frame = match polled {
             Poll::Ready(frame) => frame,

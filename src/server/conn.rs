@@ -38,6 +38,7 @@ use super::{
     guard, h2,
     io::ClientIo,
     paced::Paced,
+    pinned,
 };
 use crate::net::Stream;
 
@@ -84,8 +85,8 @@ pub struct Conn {
     owed: Cell<bool>,
     /// The status of that answer, which was kept from the client: the service has a better one.
     unsaid: Cell<Option<u16>>,
-    /// Since when the client takes nothing.
-    blocked: Cell<Option<Instant>>,
+    /// The client takes nothing.
+    blocked: Cell<Blocked>,
     /// Bytes of a response that hyper has and that may not be with the socket yet.
     unsent: Cell<usize>,
     received: Cell<u64>,
@@ -102,6 +103,17 @@ pub struct Conn {
     ambiguous: Cell<Option<guard::Fault>>,
     /// The connection carries no request after this one.
     is_last: Cell<bool>,
+}
+
+/// Whether a client takes nothing. It nearly always takes what there is within the same poll, for
+/// which nobody has to know what time it is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Blocked {
+    No,
+    /// Not when anybody last looked.
+    New,
+    /// Was found to be so then.
+    Since(Instant),
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -138,7 +150,7 @@ impl Conn {
             dirty: Cell::new(false),
             owed: Cell::new(false),
             unsaid: Cell::new(None),
-            blocked: Cell::new(None),
+            blocked: Cell::new(Blocked::No),
             unsent: Cell::new(0),
             received: Cell::new(0),
             sent: Cell::new(0),
@@ -287,19 +299,19 @@ impl Conn {
     pub(super) fn wrote(&self, n: usize) {
         self.sent.set(self.sent.get() + n as u64);
         self.dirty.set(true);
-        self.blocked.set(None);
+        self.blocked.set(Blocked::No);
     }
 
     pub(super) fn write_blocked(&self) {
         self.dirty.set(true);
-        if self.blocked.get().is_none() {
-            self.blocked.set(Some(Instant::now()));
+        if self.blocked.get() == Blocked::No {
+            self.blocked.set(Blocked::New);
         }
     }
 
     pub(super) fn flushed(&self) {
         self.dirty.set(false);
-        self.blocked.set(None);
+        self.blocked.set(Blocked::No);
         self.unsent.set(0);
         let phase = self.phase.get();
         if phase != Phase::Busy && self.owed.replace(false) && phase == Phase::Head {
@@ -320,7 +332,7 @@ impl Conn {
 
     /// Whether the socket takes nothing at present, and whoever writes will be woken when it does.
     pub(super) fn is_blocked(&self) -> bool {
-        self.blocked.get().is_some()
+        self.blocked.get() != Blocked::No
     }
 
     /// Whether what hyper writes answers a request that the service knows.
@@ -371,9 +383,16 @@ impl Conn {
         self.rearm.take().then(|| self.deadline.get()).flatten()
     }
 
-    /// Whether the client takes nothing, for too long.
+    /// Whether the client takes nothing, for too long. It is asked once per [`TICK`].
     pub(super) fn is_stalled(&self, now: Instant, limits: &Limits) -> bool {
-        self.blocked.get().is_some_and(|since| now - since >= limits.body_idle)
+        match self.blocked.get() {
+            Blocked::No => false,
+            Blocked::New => {
+                self.blocked.set(Blocked::Since(now));
+                false
+            }
+            Blocked::Since(then) => now - then >= limits.body_idle,
+        }
     }
 
     /// As [`Conn::look`], for one stream of several.
@@ -619,11 +638,8 @@ async fn active<S: Service + 'static>(
             service.reached(Reached::Requests);
         }
         async move {
-            // Boxed: thousands of bytes that are not needed any more while the answer is sent. And
-            // made where they stay: `Box::pin` would make them here and copy them there.
-            let place = Box::new_uninit();
-            let response =
-                Box::into_pin(Box::write(place, service.call(&client, &conn, request))).await;
+            // Boxed: thousands of bytes that are not needed any more while the answer is sent.
+            let response = pinned(|| service.call(&client, &conn, request)).await;
             Ok::<_, std::convert::Infallible>(response.map(|body| Paced::new(body, conn)))
         }
     });

@@ -29,6 +29,7 @@ use super::{
     drain,
     frames::{Calm, Flood, Frames},
     io::ClientIo,
+    pinned,
     streams::{Streams, answered, pipe, send_head},
     tasks::{Clock, GOING, Shared, StreamBody, Unanswered},
 };
@@ -72,7 +73,7 @@ pub(super) async fn serve<S: Service + 'static>(
         let (service, client) = (Rc::clone(service), Rc::clone(client));
         let (stream, owner) = (Rc::clone(&conn), Rc::clone(&shared));
         let mut unanswered = Unanswered::new(&frames);
-        let task = Box::pin(async move {
+        let task = pinned(|| async move {
             let (parts, body) = request.into_parts();
             // What a CONNECT brings after its head is the tunnel's.
             let (body, tunnel) = if parts.method == Method::CONNECT {
@@ -87,7 +88,7 @@ pub(super) async fn serve<S: Service + 'static>(
             let request = http::Request::from_parts(parts, body);
             let response = {
                 // Boxed: thousands of bytes that are not needed any more while the answer is sent.
-                let mut answer = Box::pin(service.call(&client, &conn, request));
+                let mut answer = pinned(|| service.call(&client, &conn, request));
                 answered(&mut reply, &conn, answer.as_mut()).await
             };
             let Some(response) = response else { return };

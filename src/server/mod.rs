@@ -5,7 +5,7 @@
 //! connection that waits for a request costs its socket and a small task: the HTTP machinery is
 //! built when the first byte comes and put away when the connection has been quiet for a moment.
 
-use std::{future::Future, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{future::Future, net::SocketAddr, pin::Pin, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response, header};
@@ -35,6 +35,14 @@ pub(crate) use conn::run;
 pub use conn::{Abort, Conn, READ_BUFFER, Takeover};
 pub use io::{ClientIo, write_vectored};
 pub use tls::{ClientCertificate, Handshake};
+
+/// A future on the heap, made there: [`Box::pin`] has it made on the stack, and copies the thousands
+/// of bytes that it may need later.
+#[inline]
+fn pinned<F>(make: impl FnOnce() -> F) -> Pin<Box<F>> {
+    let place = Box::new_uninit();
+    Box::into_pin(Box::write(place, make()))
+}
 
 /// Whoever answers the requests of a connection.
 pub trait Service {

@@ -6,7 +6,7 @@
 use std::{
     future::{Future, poll_fn},
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::SystemTime,
 };
 
@@ -185,10 +185,12 @@ where
 {
     // What waits for the client's window, and whether it is the last.
     let mut waiting: Option<(Bytes, bool)> = None;
+    let mut nobody = Context::from_waker(Waker::noop());
     // An error means that the stream is over, and there is nobody to tell.
     let sent = poll_fn(|cx| {
-        // Nothing is read from the client before this is polled again.
-        if stream.poll_reset(cx)?.is_ready() {
+        // Nothing is read from the client before this is polled again. Room that is there at once
+        // wakes whoever is noted, which would be the task that asks for it.
+        if stream.poll_reset(&mut nobody)?.is_ready() {
             return Poll::Ready(Ok::<_, h2::Error>(()));
         }
         loop {
@@ -221,7 +223,10 @@ where
                 continue;
             }
             // The frame first, then room for it: what is reserved is taken from other streams.
-            match ready!(Pin::new(&mut body).poll_frame(cx)) {
+            let Poll::Ready(frame) = Pin::new(&mut body).poll_frame(cx) else {
+                return stream.poll_reset(cx).map_ok(drop);
+            };
+            match frame {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => {
                         let is_last = body.is_end_stream();

@@ -336,12 +336,30 @@ where
             // Boxed: HTTP/1.1, which nodes nearly always speak, is not to make room for it.
             Speaks::H2(_) => return Box::pin(self.exchange_h2(request, gives_up)).await,
         };
+        // Of one that comes in parts, the driver asks for more: the client has to be able to wake it.
+        let is_whole = request.body().is_end_stream();
         let mut response = pin!(sender.send_request(request));
-        let result = poll_fn(|cx| {
+        let mut drive = |cx: &mut Context<'_>| {
             if !*ended {
                 *ended = Pin::new(&mut *driver).poll(cx).is_ready();
             }
-            match response.as_mut().poll(cx) {
+            // Only the driver answers, which nobody else polls: it wakes nobody.
+            response.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+        };
+        let mut is_sent = false;
+        let result = poll_fn(|cx| {
+            // What has come is nearly always the whole answer, and nobody is to be woken after that:
+            // to note whom, in each of the places where hyper does, and then to wake the very task
+            // that runs, takes dozens of locked instructions.
+            let mut polled = Poll::Pending;
+            if is_sent && is_whole {
+                polled = drive(&mut Context::from_waker(Waker::noop()));
+            }
+            if polled.is_pending() {
+                polled = drive(cx);
+            }
+            is_sent = true;
+            match polled {
                 Poll::Ready(result) => Poll::Ready(Ok(result)),
                 Poll::Pending if gives_up(cx) => Poll::Ready(Err(())),
                 Poll::Pending => Poll::Pending,

@@ -37,6 +37,7 @@ use super::{
     conn::TICK,
     drain,
     frames::{Flood, Frames},
+    pinned,
     tasks::{Clock, GOING, Shared, StreamBody, Unanswered},
 };
 use crate::net::Stream;
@@ -157,7 +158,7 @@ pub(crate) async fn serve_connection<S: Service + 'static>(
         let owner = Rc::clone(&shared);
         let (service, client) = (Rc::clone(service), Rc::clone(client));
         let mut unanswered = Unanswered::new(&frames);
-        let task = Box::pin(async move {
+        let task = pinned(|| async move {
             let Some((request, mut receive)) =
                 read_head::<S>(&mut reply, receive, &client, &service, &limits).await
             else {
