@@ -52,8 +52,9 @@ pub(crate) fn request(section: Vec<Field>) -> Result<Request<()>, Malformed> {
                 pseudo.authority.replace(authority).is_none()
             }
             b"path" => {
-                // The type drops a fragment without a look at it.
-                if value.iter().any(|byte| *byte <= b' ' || *byte == 0x7f) {
+                // The type drops a fragment without a look at it. h2 lets no other pass.
+                let text = str::from_utf8(&value).map_err(|_| INVALID)?;
+                if text.bytes().any(|byte| byte <= b' ' || byte == 0x7f) {
                     return Err(INVALID);
                 }
                 pseudo.path.replace(value).is_none()
