@@ -32,10 +32,20 @@ pub(crate) struct Contender {
     run: &'static [&'static str],
 }
 
+/// litegate as `deploy/build` makes it, beside what cargo does.
+pub(crate) const RELEASED: &str = "released";
+
 /// In the order of the rounds. Ratios are to HAProxy.
 pub(crate) const CONTENDERS: &[Contender] = &[
     Contender {
         name: "litegate",
+        file: "litegate.toml",
+        template: include_str!("../proxies/litegate.toml"),
+        version: &["--version"],
+        run: &["run", "--config"],
+    },
+    Contender {
+        name: RELEASED,
         file: "litegate.toml",
         template: include_str!("../proxies/litegate.toml"),
         version: &["--version"],
@@ -61,6 +71,13 @@ pub(crate) const CONTENDERS: &[Contender] = &[
 pub(crate) const PROTOCOLS: &[Contender] = &[
     Contender {
         name: "litegate",
+        file: "protocols/litegate.toml",
+        template: include_str!("../proxies/protocols/litegate.toml"),
+        version: &["--version"],
+        run: &["run", "--config"],
+    },
+    Contender {
+        name: RELEASED,
         file: "protocols/litegate.toml",
         template: include_str!("../proxies/protocols/litegate.toml"),
         version: &["--version"],
@@ -134,15 +151,22 @@ const ADDED: &[&str] = &[
 
 impl Contender {
     /// The program itself: litegate as it was built, the others from `PATH` and `/usr/sbin`, where
-    /// Debian has them.
-    pub(crate) fn program(&self, litegate: &Path) -> Result<PathBuf, Failure> {
-        if self.name == "litegate" {
-            return Ok(litegate.to_owned());
+    /// Debian has them. `None`: nobody has built it.
+    pub(crate) fn program(
+        &self,
+        litegate: &Path,
+        released: Option<&Path>,
+    ) -> Result<Option<PathBuf>, Failure> {
+        match self.name {
+            "litegate" => return Ok(Some(litegate.to_owned())),
+            RELEASED => return Ok(released.map(Path::to_owned)),
+            _ => {}
         }
         let path = std::env::var_os("PATH").unwrap_or_default();
         let mut places = std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin")]);
         places
             .find_map(|place| Some(place.join(self.name)).filter(|path| path.is_file()))
+            .map(Some)
             .ok_or_else(|| {
                 let name = self.name;
                 format!("{name} is missing: `apt-get install {name}` (or `--only litegate`)").into()

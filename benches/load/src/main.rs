@@ -91,7 +91,7 @@ struct Options {
     /// resumed, h2, websocket, websocket-tls
     #[arg(long, value_delimiter = ',')]
     workload: Vec<String>,
-    /// Only these proxies: litegate, nginx, haproxy
+    /// Only these proxies: litegate, released, nginx, haproxy
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Leave out the latencies at a fixed rate
@@ -103,6 +103,9 @@ struct Options {
     /// A litegate that is already built
     #[arg(long)]
     litegate: Option<PathBuf>,
+    /// One of `deploy/build`, to measure beside it; of the parts proxies and protocols
+    #[arg(long)]
+    released: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -138,12 +141,14 @@ fn run(options: &Options) -> Result<u64, Failure> {
 fn proxies(options: &Options) -> Result<u64, Failure> {
     let workloads = chosen(WORKLOADS, |workload| workload.name, &options.workload)?;
     let programs = programs(CONTENDERS, options)?;
-    let mut results = Results { header: header("", &programs)?, ..Results::default() };
+    let mut results = Results { header: header("", options, &programs)?, ..Results::default() };
     results.header.push(paced(options));
     let cores = Cores::find()?;
     results.header.push(placed(cores));
     machine::pin(cores.load)?;
-    machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
+    if !options.no_memory {
+        machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
+    }
 
     let upstream = Upstream::start(cores.load, &workload::sizes())?;
     let start = |(contender, program): &(&Contender, PathBuf)| {
@@ -172,8 +177,14 @@ fn programs(
 ) -> Result<Vec<(&'static Contender, PathBuf)>, Failure> {
     let contenders = chosen(all, |contender| contender.name, &options.only)?;
     let litegate = litegate(options)?;
-    let program = |contender: &'static Contender| Ok((contender, contender.program(&litegate)?));
-    contenders.into_iter().map(program).collect()
+    let released = options.released.as_deref().map(Path::canonicalize).transpose()?;
+    let mut programs = Vec::new();
+    for contender in contenders {
+        if let Some(program) = contender.program(&litegate, released.as_deref())? {
+            programs.push((contender, program));
+        }
+    }
+    Ok(programs)
 }
 
 /// TLS, HTTP/2 and WebSocket, or idle and slow clients. Returns the number of errors.
@@ -186,11 +197,13 @@ fn protocols(options: &Options) -> Result<u64, Failure> {
     let programs = programs(contender::PROTOCOLS, options)?;
     let cores = Cores::find()?;
     let part = if is_memory { " -- --part memory" } else { " -- --part protocols" };
-    let mut header = header(part, &programs)?;
+    let mut header = header(part, options, &programs)?;
     header.push(if is_memory { machine::kernel() } else { paced(options) });
     header.push(placed(cores));
     machine::pin(cores.load)?;
-    machine::raise_descriptors(DESCRIPTORS)?;
+    if is_memory {
+        machine::raise_descriptors(DESCRIPTORS)?;
+    }
     let span = Duration::try_from_secs_f64(options.seconds)?;
     let rounds = Rounds { count: options.rounds, span };
     let plan = protocols::Plan { programs: &programs, cores, rounds, header };
@@ -233,7 +246,8 @@ fn floods(options: &Options) -> Result<u64, Failure> {
     }
     let programs = programs(contender::FLOODED, options)?;
     let cores = Cores::find()?;
-    let mut header = header(" -- --part floods --rounds 3 --seconds 0.5", &programs)?;
+    let part = " -- --part floods --rounds 3 --seconds 0.5";
+    let mut header = header(part, options, &programs)?;
     header.extend([paced(options), placed(cores)]);
     machine::pin(cores.load)?;
     machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
@@ -325,11 +339,28 @@ fn build() -> Result<PathBuf, Failure> {
     Ok(path.canonicalize().map_err(|error| format!("{}: {error}", path.display()))?)
 }
 
-fn header(part: &str, programs: &[(&Contender, PathBuf)]) -> Result<Vec<String>, Failure> {
+fn header(
+    part: &str,
+    options: &Options,
+    programs: &[(&Contender, PathBuf)],
+) -> Result<Vec<String>, Failure> {
+    let released = match (&options.released, part) {
+        (None, _) => "",
+        (Some(_), "") => " -- --released target/released/litegate",
+        (Some(_), _) => " --released target/released/litegate",
+    };
     let mut lines = vec![format!(
-        "`cargo run --release -p litegate-load{part}` (see [docs/benchmarks.md](../../docs/benchmarks.md))"
+        "`cargo run --release -p litegate-load{part}{released}` (see [docs/benchmarks.md](../../docs/benchmarks.md))"
     )];
     for (contender, program) in programs {
+        if contender.name == contender::RELEASED {
+            lines.push(
+                "released: the same by [deploy/build](../../deploy/build), which has watched it do this \
+                 work"
+                    .to_owned(),
+            );
+            continue;
+        }
         let (version, file) = (contender.version(program)?, contender.file);
         lines.push(format!("{version}, with [proxies/{file}](proxies/{file})"));
     }
