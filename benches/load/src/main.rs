@@ -146,9 +146,8 @@ fn proxies(options: &Options) -> Result<u64, Failure> {
     let cores = Cores::find()?;
     results.header.push(placed(cores));
     machine::pin(cores.load)?;
-    if !options.no_memory {
-        machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
-    }
+    // Raised in any case: a proxy may allow as many clients as it has descriptors for.
+    machine::raise_descriptors(if options.no_memory { 0 } else { 4 * IDLE_CONNECTIONS as u64 })?;
 
     let upstream = Upstream::start(cores.load, &workload::sizes())?;
     let start = |(contender, program): &(&Contender, PathBuf)| {
@@ -201,9 +200,7 @@ fn protocols(options: &Options) -> Result<u64, Failure> {
     header.push(if is_memory { machine::kernel() } else { paced(options) });
     header.push(placed(cores));
     machine::pin(cores.load)?;
-    if is_memory {
-        machine::raise_descriptors(DESCRIPTORS)?;
-    }
+    machine::raise_descriptors(if is_memory { DESCRIPTORS } else { 0 })?;
     let span = Duration::try_from_secs_f64(options.seconds)?;
     let rounds = Rounds { count: options.rounds, span };
     let plan = protocols::Plan { programs: &programs, cores, rounds, header };
