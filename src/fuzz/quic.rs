@@ -353,10 +353,12 @@ impl Said {
 }
 
 /// How its end is told depends on whether that came with the head, and so does whether it asks for a
-/// word before there is a body.
+/// word before there is a body. Nor does the order of fields of several names mean anything (RFC 9110
+/// section 5.3): one that is taken out, as `Expect` is, changes it.
 fn without_framing(mut message: Message) -> Message {
     let framing = ["content-length", "transfer-encoding", "expect"];
     message.fields.retain(|(name, _)| !framing.contains(&name.as_str()));
+    message.fields.sort_by(|(a, _), (b, _)| a.cmp(b));
     message.framing = Framing::None;
     message
 }
