@@ -806,7 +806,11 @@ impl Proxy {
             let authority = checked(authority.as_str().as_bytes()).ok_or(Problem::Malformed)?;
             // Absolute form: its authority outranks `Host`, and the node gets the origin form.
             walk.host = Some(authority);
-            let asterisk = walk.method == Method::OPTIONS
+            // RFC 9112 section 3.2.4: an absolute form without a path is about the server as a whole.
+            // `http` knows no other than a slash for it. HTTP/2 and HTTP/3 say what they mean, and a
+            // browser's preflight for the root means the root (RFC 9113 section 8.3.1).
+            let asterisk = walk.version <= Version::HTTP_11
+                && walk.method == Method::OPTIONS
                 && walk.uri.path_and_query().is_none_or(|target| target.as_str() == "/");
             let target = match walk.uri.path_and_query() {
                 _ if asterisk => PathAndQuery::from_static("*"),
