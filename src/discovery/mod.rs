@@ -163,12 +163,11 @@ fn rules(cluster: &Cluster, hostname: Option<&Arc<str>>) -> Rules {
 
 /// Whether what a source said by one configuration holds by another.
 fn stays(source: Source, before: &Cluster, now: &Cluster) -> bool {
-    // Of each type there is one at most.
-    let mut roles = now.primary.iter();
-    let Some(now) = roles.find(|role| spoken_by(role) == source) else { return false };
-    let mut roles = before.primary.iter();
-    let before = roles.find(|role| spoken_by(role) == source);
-    before.is_some_and(|before| before.asks_the_same_as(now))
+    let [before, now] = [before, now].map(|cluster| {
+        // Of each type there is one at most.
+        cluster.primary.iter().find(|role| spoken_by(role) == source)
+    });
+    before.zip(now).is_some_and(|(before, now)| before.asks_the_same_as(now))
 }
 
 /// In whose name a source of the configuration speaks.

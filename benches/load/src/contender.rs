@@ -32,107 +32,55 @@ pub(crate) struct Contender {
     run: &'static [&'static str],
 }
 
+const fn litegate(name: &'static str, file: &'static str, template: &'static str) -> Contender {
+    Contender { name, file, template, version: &["--version"], run: &["run", "--config"] }
+}
+
+const fn nginx(file: &'static str, template: &'static str) -> Contender {
+    Contender { name: "nginx", file, template, version: &["-v"], run: &["-c"] }
+}
+
+const fn haproxy(file: &'static str, template: &'static str) -> Contender {
+    Contender { name: "haproxy", file, template, version: &["-v"], run: &["-db", "-f"] }
+}
+
 /// litegate as `deploy/build` makes it, beside what cargo does.
 pub(crate) const RELEASED: &str = "released";
 
 /// In the order of the rounds. Ratios are to HAProxy.
 pub(crate) const CONTENDERS: &[Contender] = &[
-    Contender {
-        name: "litegate",
-        file: "litegate.toml",
-        template: include_str!("../proxies/litegate.toml"),
-        version: &["--version"],
-        run: &["run", "--config"],
-    },
-    Contender {
-        name: RELEASED,
-        file: "litegate.toml",
-        template: include_str!("../proxies/litegate.toml"),
-        version: &["--version"],
-        run: &["run", "--config"],
-    },
-    Contender {
-        name: "nginx",
-        file: "nginx.conf",
-        template: include_str!("../proxies/nginx.conf"),
-        version: &["-v"],
-        run: &["-c"],
-    },
-    Contender {
-        name: "haproxy",
-        file: "haproxy.cfg",
-        template: include_str!("../proxies/haproxy.cfg"),
-        version: &["-v"],
-        run: &["-db", "-f"],
-    },
+    litegate("litegate", "litegate.toml", include_str!("../proxies/litegate.toml")),
+    litegate(RELEASED, "litegate.toml", include_str!("../proxies/litegate.toml")),
+    nginx("nginx.conf", include_str!("../proxies/nginx.conf")),
+    haproxy("haproxy.cfg", include_str!("../proxies/haproxy.cfg")),
 ];
 
 /// The same with TLS, HTTP/2 and WebSocket.
 pub(crate) const PROTOCOLS: &[Contender] = &[
-    Contender {
-        name: "litegate",
-        file: "protocols/litegate.toml",
-        template: include_str!("../proxies/protocols/litegate.toml"),
-        version: &["--version"],
-        run: &["run", "--config"],
-    },
-    Contender {
-        name: RELEASED,
-        file: "protocols/litegate.toml",
-        template: include_str!("../proxies/protocols/litegate.toml"),
-        version: &["--version"],
-        run: &["run", "--config"],
-    },
-    Contender {
-        name: "nginx",
-        file: "protocols/nginx.conf",
-        template: include_str!("../proxies/protocols/nginx.conf"),
-        version: &["-v"],
-        run: &["-c"],
-    },
-    Contender {
-        name: "haproxy",
-        file: "protocols/haproxy.cfg",
-        template: include_str!("../proxies/protocols/haproxy.cfg"),
-        version: &["-v"],
-        run: &["-db", "-f"],
-    },
+    litegate(
+        "litegate",
+        "protocols/litegate.toml",
+        include_str!("../proxies/protocols/litegate.toml"),
+    ),
+    litegate(
+        RELEASED,
+        "protocols/litegate.toml",
+        include_str!("../proxies/protocols/litegate.toml"),
+    ),
+    nginx("protocols/nginx.conf", include_str!("../proxies/protocols/nginx.conf")),
+    haproxy("protocols/haproxy.cfg", include_str!("../proxies/protocols/haproxy.cfg")),
 ];
 
 /// Those with a port for HTTP/2 by prior knowledge, `@h2_port@`, which is flooded.
 pub(crate) const FLOODED: &[Contender] = &[
-    Contender {
-        name: "litegate",
-        file: "floods/litegate.toml",
-        template: include_str!("../proxies/floods/litegate.toml"),
-        version: &["--version"],
-        run: &["run", "--config"],
-    },
-    Contender {
-        name: "nginx",
-        file: "floods/nginx.conf",
-        template: include_str!("../proxies/floods/nginx.conf"),
-        version: &["-v"],
-        run: &["-c"],
-    },
-    Contender {
-        name: "haproxy",
-        file: "floods/haproxy.cfg",
-        template: include_str!("../proxies/floods/haproxy.cfg"),
-        version: &["-v"],
-        run: &["-db", "-f"],
-    },
+    litegate("litegate", "floods/litegate.toml", include_str!("../proxies/floods/litegate.toml")),
+    nginx("floods/nginx.conf", include_str!("../proxies/floods/nginx.conf")),
+    haproxy("floods/haproxy.cfg", include_str!("../proxies/floods/haproxy.cfg")),
 ];
 
 /// litegate with the given `consistency.mode`, before three nodes.
 pub(crate) const fn consistency(mode: &'static str) -> Contender {
-    Contender {
-        name: mode,
-        file: "consistency.toml",
-        template: include_str!("../proxies/consistency.toml"),
-        version: &["--version"],
-        run: &["run", "--config"],
-    }
+    litegate(mode, "consistency.toml", include_str!("../proxies/consistency.toml"))
 }
 
 /// To whom the others are compared.
@@ -151,22 +99,21 @@ const ADDED: &[&str] = &[
 
 impl Contender {
     /// The program itself: litegate as it was built, the others from `PATH` and `/usr/sbin`, where
-    /// Debian has them. `None`: nobody has built it.
+    /// Debian has them.
     pub(crate) fn program(
         &self,
         litegate: &Path,
         released: Option<&Path>,
-    ) -> Result<Option<PathBuf>, Failure> {
+    ) -> Result<PathBuf, Failure> {
         match self.name {
-            "litegate" => return Ok(Some(litegate.to_owned())),
-            RELEASED => return Ok(released.map(Path::to_owned)),
+            "litegate" => return Ok(litegate.to_owned()),
+            RELEASED => return Ok(released.ok_or("where is it? `--released PATH`")?.to_owned()),
             _ => {}
         }
         let path = std::env::var_os("PATH").unwrap_or_default();
         let mut places = std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin")]);
         places
             .find_map(|place| Some(place.join(self.name)).filter(|path| path.is_file()))
-            .map(Some)
             .ok_or_else(|| {
                 let name = self.name;
                 format!("{name} is missing: `apt-get install {name}` (or `--only litegate`)").into()

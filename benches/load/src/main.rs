@@ -141,7 +141,7 @@ fn run(options: &Options) -> Result<u64, Failure> {
 fn proxies(options: &Options) -> Result<u64, Failure> {
     let workloads = chosen(WORKLOADS, |workload| workload.name, &options.workload)?;
     let programs = programs(CONTENDERS, options)?;
-    let mut results = Results { header: header("", options, &programs)?, ..Results::default() };
+    let mut results = Results { header: header("", &programs)?, ..Results::default() };
     results.header.push(paced(options));
     let cores = Cores::find()?;
     results.header.push(placed(cores));
@@ -177,13 +177,14 @@ fn programs(
     let contenders = chosen(all, |contender| contender.name, &options.only)?;
     let litegate = litegate(options)?;
     let released = options.released.as_deref().map(Path::canonicalize).transpose()?;
-    let mut programs = Vec::new();
-    for contender in contenders {
-        if let Some(program) = contender.program(&litegate, released.as_deref())? {
-            programs.push((contender, program));
-        }
-    }
-    Ok(programs)
+    // Measured where somebody has built it.
+    let is_there = |contender: &&Contender| {
+        contender.name != contender::RELEASED || released.is_some() || !options.only.is_empty()
+    };
+    let program = |contender: &'static Contender| {
+        Ok((contender, contender.program(&litegate, released.as_deref())?))
+    };
+    contenders.into_iter().filter(is_there).map(program).collect()
 }
 
 /// TLS, HTTP/2 and WebSocket, or idle and slow clients. Returns the number of errors.
@@ -196,7 +197,7 @@ fn protocols(options: &Options) -> Result<u64, Failure> {
     let programs = programs(contender::PROTOCOLS, options)?;
     let cores = Cores::find()?;
     let part = if is_memory { " -- --part memory" } else { " -- --part protocols" };
-    let mut header = header(part, options, &programs)?;
+    let mut header = header(part, &programs)?;
     header.push(if is_memory { machine::kernel() } else { paced(options) });
     header.push(placed(cores));
     machine::pin(cores.load)?;
@@ -244,7 +245,7 @@ fn floods(options: &Options) -> Result<u64, Failure> {
     let programs = programs(contender::FLOODED, options)?;
     let cores = Cores::find()?;
     let part = " -- --part floods --rounds 3 --seconds 0.5";
-    let mut header = header(part, options, &programs)?;
+    let mut header = header(part, &programs)?;
     header.extend([paced(options), placed(cores)]);
     machine::pin(cores.load)?;
     machine::raise_descriptors((4 * IDLE_CONNECTIONS) as u64)?;
@@ -336,15 +337,12 @@ fn build() -> Result<PathBuf, Failure> {
     Ok(path.canonicalize().map_err(|error| format!("{}: {error}", path.display()))?)
 }
 
-fn header(
-    part: &str,
-    options: &Options,
-    programs: &[(&Contender, PathBuf)],
-) -> Result<Vec<String>, Failure> {
-    let released = match (&options.released, part) {
-        (None, _) => "",
-        (Some(_), "") => " -- --released target/released/litegate",
-        (Some(_), _) => " --released target/released/litegate",
+fn header(part: &str, programs: &[(&Contender, PathBuf)]) -> Result<Vec<String>, Failure> {
+    let is_released = programs.iter().any(|(contender, _)| contender.name == contender::RELEASED);
+    let released = match part {
+        _ if !is_released => "",
+        "" => " -- --released target/released/litegate",
+        _ => " --released target/released/litegate",
     };
     let mut lines = vec![format!(
         "`cargo run --release -p litegate-load{part}{released}` (see [docs/benchmarks.md](../../docs/benchmarks.md))"
